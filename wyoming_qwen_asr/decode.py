@@ -1,0 +1,67 @@
+"""`python -m wyoming_qwen_asr.decode FILE`: an audio file of any kind libsndfile reads → PCM, in a process to lose.
+
+Files come from strangers and parsers have bugs, so neither the gateway nor the process with the weights reads them.
+Says `SessionAudio` events with 16 kHz mono 16-bit PCM, or `Failed`.
+"""
+
+import argparse
+import resource
+import sys
+from collections.abc import Iterator
+
+from wyoming.event import write_event
+
+from .audio import SAMPLE_RATE
+from .errors import AsrError, BadAudio
+from .events import Failed, SessionAudio, to_event
+from .process import adopt
+
+CPU_SECONDS = 60
+"""An hour of MP3 takes a few; more is an attack, or a bug."""
+
+MEMORY_BYTES = 2 * 1024**3
+"""Of address space, most of it libraries: audio passes through in blocks."""
+
+BLOCK_FRAMES = 1 << 16
+
+CHUNK_BYTES = 1 << 16
+
+
+def main() -> int:
+    out = adopt()
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file")
+    try:
+        for pcm in _decode(parser.parse_args().file):
+            for at in range(0, len(pcm), CHUNK_BYTES):
+                write_event(to_event(SessionAudio(), payload=pcm[at : at + CHUNK_BYTES]), out)
+    except AsrError as error:
+        write_event(to_event(Failed(error.code, str(error))), out)
+        return 1
+    return 0
+
+
+def _decode(path: str) -> Iterator[bytes]:
+    """PCM blocks. Raises BadAudio."""
+    import numpy as np
+    import soundfile
+    import soxr
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
+            while True:
+                block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
+                mono = resampler.resample_chunk(block.mean(axis=1), last=not len(block))
+                yield (np.clip(mono, -1, 1) * 32767).astype("<i2").tobytes()
+                if not len(block):
+                    return
+    except (soundfile.LibsndfileError, ValueError, RuntimeError):
+        raise BadAudio("the file is not audio that can be read: WAV, FLAC, OGG or MP3") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The one door to the model: a session is one stream of audio in, results out.
+
+    async with engine.session(options) as session:
+        await session.feed(pcm)
+        await session.end()
+        async for result in session.results():
+            ...
+
+The session retains its audio until the text of it is delivered, so that the engine can give it to another model
+process when one dies: nothing the client sees tells that it happened.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from ..audio import AudioFormat
+from ..errors import AsrError, Busy, TimedOut, TooLarge, by_code
+from ..events import (
+    Final,
+    Hint,
+    Message,
+    Partial,
+    Result,
+    Segment,
+    SessionAudio,
+    SessionEnd,
+    SessionError,
+    SessionStart,
+    SpeechStarted,
+    SpeechStopped,
+)
+from ..settings import FINAL_SECONDS, LOAD_SECONDS, MAX_RESTARTS, MAX_RETAINED_BYTES, MAX_UTTERANCE_SECONDS
+from ..text import join
+
+MAX_RESULTS = 1024
+"""Results that a front end has not yet taken; steps come twice a second, so it has slept for minutes."""
+
+SEND_SECONDS = 0.1
+"""Audio goes to the model process in pieces of this length: Home Assistant's 10 ms would cost 100 events a second."""
+
+SEND_BYTES = 64 * 1024
+"""And at most so many bytes at once, so that sessions catching up take turns."""
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a front end says about a stream of audio before it begins."""
+
+    format: AudioFormat
+    language: str | None = None
+    """Qwen's name; None to detect."""
+    context: str = ""
+    """Names and terms the speaker is likely to use."""
+
+
+class Session:
+    """Made by Engine.session; see the module's docstring. Front ends use `feed`, `end`, `results` and `final`;
+    the rest is for the engine."""
+
+    def __init__(
+        self,
+        number: int,
+        options: SessionOptions,
+        hint: Hint,
+        wake: Callable[[], None],
+        close: Callable[["Session"], None],
+    ) -> None:
+        self.number = number
+        self._options = options
+        self._hint = hint
+        self._wake = wake
+        self._close = close
+
+        self._audio = bytearray()  # retained: from byte _base of the stream on
+        self._base = 0
+        self._fed = 0
+        self._ended_at: float | None = None
+
+        self._sent: int | None = None  # bytes the present model process has; None before its SessionStart
+        self._end_sent = False
+        self._restarts = 0
+        self._texts: list[str] = []  # of delivered segments
+        self._kept = 0  # how many of them came from model processes that are gone
+
+        self._results: deque[Result] = deque()
+        self._error: AsrError | None = None
+        self._news = asyncio.Event()
+        self._deadline: asyncio.TimerHandle | None = None
+        self.finished = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- for front ends ------------------------------------------------------------------------------------------
+
+    async def feed(self, pcm: bytes) -> None:
+        """More audio, cut anywhere. Raises TooLarge past ten minutes, Busy when the model is far behind, and
+        whatever the session has failed with."""
+        if self._error:
+            raise self._error
+        if self._fed + len(pcm) > MAX_UTTERANCE_SECONDS * self._options.format.bytes_per_second:
+            raise TooLarge(f"more than {MAX_UTTERANCE_SECONDS / 60:.0f} minutes of audio")
+        if len(self._audio) + len(pcm) > MAX_RETAINED_BYTES:
+            raise Busy("the model is too far behind the audio")
+        self._audio += pcm
+        self._fed += len(pcm)
+        self._wake()
+
+    async def end(self) -> None:
+        """No more audio comes. From here on the clock runs: TimedOut if the final does not come in time."""
+        self._ended_at = time.monotonic()
+        seconds = LOAD_SECONDS + FINAL_SECONDS + 2 * self._seconds
+        late = TimedOut("no transcript in time")
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, late)
+        self._wake()
+
+    async def results(self) -> AsyncIterator[Result]:
+        """Results as they come; the last one is a Final. Raises AsrError when the session has failed."""
+        while True:
+            while self._results:
+                result = self._results.popleft()
+                yield result
+                if isinstance(result, Final):
+                    return
+            if self._error:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+
+    async def final(self) -> Final:
+        """The Final alone."""
+        async for result in self.results():
+            if isinstance(result, Final):
+                return result
+        raise AssertionError("results end with a Final")
+
+    def close(self) -> None:
+        """Nobody waits any more, with or without a result: work still to do is cancelled. Safe to call again."""
+        if self._deadline:
+            self._deadline.cancel()
+        self._close(self)
+
+    # --- for the engine ------------------------------------------------------------------------------------------
+
+    def deliver(self, message: Message) -> None:
+        """What the model process says about this session."""
+        match message:
+            case SessionError():
+                return self.fail(by_code(message.code)(message.message))
+            case Segment():
+                self._texts.append(message.text)
+                self._forget(message.end)
+            case Final():
+                text = join([*self._texts[: self._kept], message.text])
+                message = replace(message, text=text)
+                self.finished = True
+                self._log()
+            case SpeechStarted() | Partial() | SpeechStopped():
+                pass
+            case _:
+                return self.fail(AsrError("the model process sent a wrong message"))
+        if len(self._results) >= MAX_RESULTS:
+            return self.fail(TimedOut("the client does not take its results"))
+        self._results.append(message)
+        self._news.set()
+        return None
+
+    def fail(self, error: AsrError) -> None:
+        """End the session with an error, unless it has ended already."""
+        if not self.finished:
+            self.finished = True
+            self._error = error
+            self._news.set()
+
+    def restart(self, *, blame: bool) -> None:
+        """The model process is gone: begin again with the retained audio, in the next one. With `blame` it counts,
+        and one time too many fails the session."""
+        self._sent = None
+        self._end_sent = False
+        self._kept = len(self._texts)
+        self._restarts += blame
+        if self._restarts > MAX_RESTARTS:
+            self.fail(AsrError("the model process died over this audio again and again"))
+
+    def outgoing(self) -> tuple[Message, bytes | None] | None:
+        """The next message for the model process, and its payload; None when there is nothing to say yet."""
+        options = self._options
+        if self.finished:
+            return None
+        if self._sent is None:
+            self._sent = self._base
+            offset = self._base / options.format.bytes_per_second
+            form = options.format
+            return (
+                SessionStart(
+                    form.rate, form.width, form.channels, options.language, self._hint, options.context, offset
+                ),
+                None,
+            )
+        unsent = self._fed - self._sent
+        ended = self._ended_at is not None
+        if unsent >= SEND_SECONDS * options.format.bytes_per_second or (ended and unsent):
+            begin = self._sent - self._base
+            payload = bytes(self._audio[begin : begin + SEND_BYTES])
+            self._sent += len(payload)
+            return SessionAudio(), payload
+        if ended and not self._end_sent:
+            self._end_sent = True
+            return SessionEnd(), None
+        return None
+
+    @property
+    def _seconds(self) -> float:
+        return self._fed / self._options.format.bytes_per_second
+
+    def _forget(self, seconds: float) -> None:
+        """Drop the audio before this time of the session, in whole frames."""
+        form = self._options.format
+        done = min(int(seconds * form.rate) * form.frame_bytes, self._sent or self._base)
+        if done > self._base:
+            del self._audio[: done - self._base]
+            self._base = done
+
+    def _log(self) -> None:
+        late = time.monotonic() - (self._ended_at or time.monotonic())
+        _LOGGER.info("Utterance %d: %.1f s of audio, final %.2f s after its end", self.number, self._seconds, late)

@@ -1,0 +1,93 @@
+"""The gateway: the process that is always there. It accepts, translates, supervises, and never computes."""
+
+import asyncio
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .engine.engine import Engine
+from .settings import DRAIN_SECONDS, Settings
+from .wyoming.discovery import Discovery
+from .wyoming.server import WyomingServer
+
+if TYPE_CHECKING:
+    from .http.server import HttpServer
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Gateway:
+    """One run: start up, serve, drain."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._engine = Engine(settings)
+        self._wyoming = WyomingServer(self._engine, settings.model, settings.language)
+        self._http: HttpServer | None = None
+        self._discovery: Discovery | None = None
+        self._stdio: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT, or the end of stdin when that is served.
+        Raises OSError when an address cannot be had, CheckpointError when the model cannot be used."""
+        stopped = asyncio.create_task(_signalled().wait())
+        running: list[asyncio.Task[None]] = []
+        try:
+            await self._startup()
+            running = [asyncio.create_task(self._engine.run()), *([self._stdio] if self._stdio else [])]
+            await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
+            for task in running:
+                if task.done():
+                    task.result()
+        finally:
+            await self._drain()
+            for each in (stopped, *running):
+                each.cancel()
+            await asyncio.wait([stopped, *running])
+
+    async def _startup(self) -> None:
+        """Every address is open, and `describe` answered, before the model's files are even looked for."""
+        settings = self._settings
+        _LOGGER.info("wyoming-qwen-asr %s, model %s", __version__, settings.model)
+        for uri in settings.uri:
+            if uri == "stdio://":
+                self._stdio = asyncio.create_task(self._wyoming.serve_stdio())
+                continue
+            address = await self._wyoming.listen(uri)
+            _LOGGER.info("Wyoming at %s", f"tcp://{address}" if address else uri)
+            if address and settings.zeroconf and not self._discovery:
+                self._discovery = Discovery(settings.zeroconf, address.host, address.port, settings.data_dir)
+        if settings.http:
+            from .http.server import HttpServer  # aiohttp is half of the gateway's memory
+
+            self._http = HttpServer(self._engine, settings.model, settings.language)
+            _LOGGER.info("OpenAI-compatible API at http://%s/v1", await self._http.listen(settings.http))
+        if self._discovery:
+            await self._discovery.register()
+
+    async def _drain(self) -> None:
+        """Be found no more, accept no more, let what is in flight come to its end."""
+        _LOGGER.info("Stopping")
+        if self._discovery:
+            await self._discovery.unregister()
+        closing = [self._wyoming.close(DRAIN_SECONDS)]
+        if self._http:
+            closing.append(self._http.close())
+        await asyncio.gather(*closing)
+
+
+def _signalled() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT. The second one ends the process as if nobody caught it."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def caught() -> None:
+        event.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, caught)
+    return event

@@ -1,0 +1,167 @@
+"""OpenAI's transcription API: https://platform.openai.com/docs/api-reference/audio."""
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import IO
+
+from aiohttp import BodyPartReader, web
+
+from .. import __version__
+from ..audio import AudioFormat
+from ..engine.engine import Engine
+from ..engine.session import Session, SessionOptions
+from ..errors import AsrError, BadAudio, BadRequest, TooLarge, by_code
+from ..events import Failed, Final, SessionAudio, from_event
+from ..process import Child
+from ..settings import MAX_CONTEXT_CHARACTERS, MAX_UPLOAD_BYTES
+from ..text import language_name
+
+MAX_FIELD_BYTES = 16 * 1024
+"""Of a form field that is not the file; the longest real one is a prompt."""
+
+FORMATS = ("json", "text")
+
+_LOGGER = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class OpenAI:
+    """The handlers of /v1."""
+
+    def __init__(self, engine: Engine, model: str, language: str | None) -> None:
+        self._engine = engine
+        self._model = model
+        self._language = language
+        self._created = int(time.time())
+
+    async def models(self, request: web.Request) -> web.Response:
+        """The one model there is."""
+        name = self._engine.model.name if self._engine.model else self._model
+        entry = {"id": name, "object": "model", "created": self._created, "owned_by": "wyoming-qwen-asr"}
+        return web.json_response({"object": "list", "data": [entry]})
+
+    async def transcriptions(self, request: web.Request) -> web.Response:
+        """A file in, its text out. `model` may be any name: there is one model."""
+        with tempfile.NamedTemporaryFile(prefix="wyoming-qwen-asr-") as file:
+            fields = await _read_form(request, file)
+            shape = fields.get("response_format") or "json"
+            if shape not in FORMATS:
+                raise BadRequest(f"response_format must be one of {', '.join(FORMATS)}", "response_format")
+            if fields.get("stream", "false").lower() == "true":
+                raise BadRequest("stream is not supported", "stream")
+            final = await self._transcribe(file.name, self._options(fields))
+        if shape == "text":
+            return web.Response(text=final.text + "\n")
+        return web.json_response({"text": final.text})
+
+    def _options(self, fields: dict[str, str]) -> SessionOptions:
+        language = language_name(fields.get("language"))
+        if fields.get("language") and not language:
+            raise BadRequest("language is none that Qwen3-ASR knows", "language")
+        context = fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS]
+        return SessionOptions(AudioFormat(), language or self._language, context)
+
+    async def _transcribe(self, path: str, options: SessionOptions) -> Final:
+        async with self._engine.session(options) as session:
+            await _feed(session, path)
+            await session.end()
+            return await session.final()
+
+
+async def _feed(session: Session, path: str) -> None:
+    """Decode a file, in a process of its own, into the session. Raises BadAudio."""
+    child = await Child.spawn("wyoming_qwen_asr.decode", path)
+    heard = False
+    try:
+        async for event in child.events():
+            message, _ = from_event(event)
+            match message:
+                case SessionAudio():
+                    heard = True
+                    await session.feed(event.payload or b"")
+                case Failed():
+                    raise by_code(message.code)(message.message)
+    finally:
+        code = await child.stop()
+    if code != 0:
+        raise BadAudio("the file could not be decoded within the limits of time and memory")
+    if not heard:
+        raise BadAudio("the file holds no audio")
+
+
+async def _read_form(request: web.Request, file: IO[bytes]) -> dict[str, str]:
+    """The fields of a multipart form; the one named `file` goes into `file`, as it arrives.
+    Raises BadRequest, TooLarge."""
+    if not request.content_type.startswith("multipart/"):
+        raise BadRequest("the body must be multipart/form-data")
+    fields: dict[str, str] = {}
+    size = None
+    try:
+        async for part in await request.multipart():
+            if not isinstance(part, BodyPartReader) or part.name is None:
+                raise BadRequest("a part of the form has no name")
+            if part.name == "file":
+                size = await _save(part, file)
+            else:
+                fields[part.name] = await _field(part)
+    except (ValueError, AssertionError):
+        raise BadRequest("the form is broken") from None
+    if size is None:
+        raise BadRequest("there is no file in the form", "file")
+    if size == 0:
+        raise BadAudio("the file is empty", "file")
+    file.flush()
+    return fields
+
+
+async def _save(part: BodyPartReader, file: IO[bytes]) -> int:
+    size = 0
+    while chunk := await part.read_chunk(1 << 16):
+        size += len(chunk)
+        if size > MAX_UPLOAD_BYTES:
+            raise TooLarge(f"the file is larger than {MAX_UPLOAD_BYTES >> 20} MB", "file")
+        file.write(chunk)
+    return size
+
+
+async def _field(part: BodyPartReader) -> str:
+    value = b""
+    while chunk := await part.read_chunk(MAX_FIELD_BYTES):
+        value += chunk
+        if len(value) > MAX_FIELD_BYTES:
+            raise TooLarge(f"{part.name!r} is too long")
+    return value.decode("utf-8")
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every failure in OpenAI's envelope, every answer with a request id."""
+    identity = f"req_{uuid.uuid4().hex}"
+    try:
+        response = await handler(request)
+    except web.HTTPException as error:
+        response = _envelope(error.status, error.reason.lower(), None, None)
+    except AsrError as error:
+        _LOGGER.warning("%s %s: %s", request.method, request.path, error)
+        response = _envelope(error.status, str(error), error.param, error.code)
+        if error.status in (429, 503):
+            response.headers["Retry-After"] = "5"
+    except ConnectionError:
+        raise  # the client is gone
+    except Exception:
+        _LOGGER.exception("%s %s failed", request.method, request.path)
+        response = _envelope(500, "internal error", None, AsrError.code)
+    response.headers["x-request-id"] = identity
+    response.headers["Server"] = f"wyoming-qwen-asr/{__version__}"
+    return response
+
+
+def _envelope(status: int, message: str, param: str | None, code: str | None) -> web.Response:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    return web.json_response({"error": {"message": message, "type": kind, "param": param, "code": code}}, status=status)

@@ -1,0 +1,48 @@
+"""The HTTP sidecar: an aiohttp application on the same engine as Wyoming."""
+
+import logging
+
+from aiohttp import web
+
+from ..engine.engine import Engine
+from ..settings import HostPort
+from .openai import OpenAI, error_middleware
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class HttpServer:
+    """`listen`, `close`."""
+
+    def __init__(self, engine: Engine, model: str, language: str | None) -> None:
+        app = web.Application(middlewares=[error_middleware])
+        api = OpenAI(engine, model, language)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", api.models)
+        app.router.add_post("/v1/audio/transcriptions", api.transcriptions)
+        self._engine = engine
+        self._runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=20.0)
+
+    async def listen(self, address: HostPort) -> HostPort:
+        """Serve from now on; where that came to be (port 0 is any). Raises OSError."""
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, address.host, address.port)
+        await site.start()
+        return HostPort(address.host, self._runner.addresses[0][1])
+
+    async def close(self) -> None:
+        """Take no new requests, let those under way come to their end."""
+        await self._runner.cleanup()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """Alive is healthy: a model that sleeps, loads or is being downloaded needs no restart of the server."""
+        engine = self._engine
+        return web.json_response(
+            {
+                "status": "ok",
+                "model": engine.model.name if engine.model else None,
+                "state": engine.state,
+                "download": engine.progress,
+                "sessions": engine.sessions,
+            }
+        )

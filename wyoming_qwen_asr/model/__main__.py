@@ -1,0 +1,132 @@
+"""The model process: loads the network, recognises what the gateway sends, says what it heard.
+
+Started by the gateway; events on stdin and stdout, everything else on stderr. Leaves when stdin ends. While it
+loads, the gateway keeps the audio that arrives.
+"""
+
+import argparse
+import asyncio
+import faulthandler
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from wyoming.event import Event
+from wyoming.event import write_event as write_now
+
+from ..errors import AsrError, CheckpointError
+from ..events import (
+    Failed,
+    Message,
+    Ready,
+    SessionAudio,
+    SessionCancel,
+    SessionEnd,
+    SessionStart,
+    from_event,
+    read_event,
+    to_event,
+    write_event,
+)
+from ..process import adopt, connect
+from . import log_to_stderr
+
+if TYPE_CHECKING:
+    from .network import Network
+    from .scheduler import Scheduler
+
+EXIT_CANNOT_LOAD = 3
+"""The checkpoint or the device cannot be used: starting the process again would not help."""
+
+
+def main() -> None:
+    began = time.monotonic()
+    out = adopt()
+    faulthandler.register(signal.SIGUSR1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint that is complete on disk")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--log-level", default="info")
+    args = parser.parse_args()
+    log_to_stderr(args.log_level)
+    try:
+        network, choices = _load(args)
+    except (AsrError, ImportError) as error:
+        error = error if isinstance(error, AsrError) else CheckpointError(f"{error}: install the [local] extra")
+        write_now(to_event(Failed(error.code, str(error))), out)
+        sys.exit(EXIT_CANNOT_LOAD)
+    write_now(to_event(Ready(time.monotonic() - began, choices)), out)
+    asyncio.run(_serve(network, out))
+    sys.stderr.flush()
+    os._exit(0)  # without waiting for a computation that nobody waits for
+
+
+def _load(args: argparse.Namespace) -> tuple["Network", list[str]]:
+    """The network on its device, and what was picked for it and why."""
+    import torch
+
+    from .checkpoint import open_checkpoint
+    from .hardware import pick_device, pick_dtype, pick_threads
+    from .network import Network
+
+    device, why_device = pick_device(args.device)
+    dtype, why_dtype = pick_dtype(args.dtype, device)
+    threads, why_threads = pick_threads(args.threads)
+    torch.set_num_threads(threads)
+    try:
+        network = Network.load(open_checkpoint(args.model, args.name), device, dtype)
+    except torch.OutOfMemoryError:
+        raise CheckpointError(f"{args.name} does not fit into the memory of {device}") from None
+    dtype_name = str(dtype).removeprefix("torch.")
+    return network, [
+        f"{args.name} on {device} ({why_device})",
+        f"{dtype_name} ({why_dtype})",
+        f"{threads} threads ({why_threads})",
+    ]
+
+
+async def _serve(network: "Network", out: BinaryIO) -> None:
+    """Answer until stdin ends."""
+    from .scheduler import Scheduler
+
+    reader, writer = await connect(out)
+
+    async def emit(message: Message, session: int) -> None:
+        await write_event(writer, to_event(message, session))
+
+    scheduler = Scheduler(network, emit)
+    working = asyncio.create_task(scheduler.run())
+    while event := await _next(reader, working):
+        _dispatch(scheduler, event)
+
+
+async def _next(reader: asyncio.StreamReader, working: asyncio.Task[None]) -> Event | None:
+    """The next event, or the exception that ended the scheduler."""
+    reading = asyncio.create_task(read_event(reader))
+    await asyncio.wait({reading, working}, return_when=asyncio.FIRST_COMPLETED)
+    if working.done():
+        working.result()
+    return await reading
+
+
+def _dispatch(scheduler: "Scheduler", event: Event) -> None:
+    message, session = from_event(event)
+    match message:
+        case SessionStart():
+            scheduler.start(session, message)
+        case SessionAudio():
+            scheduler.audio(session, event.payload or b"")
+        case SessionEnd():
+            scheduler.end(session)
+        case SessionCancel():
+            scheduler.cancel(session)
+
+
+if __name__ == "__main__":
+    main()

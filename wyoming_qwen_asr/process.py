@@ -1,0 +1,123 @@
+"""Both ends of a child process of ours: it speaks events on its stdin and stdout, and dies with its parent.
+
+Parent: `Child.spawn`, `send`, `messages`, `stop`. Child: `adopt()` first of all, then `connect()`.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import BinaryIO
+
+from wyoming.event import Event
+
+from .events import READER_LIMIT, WRITE_SECONDS, Message, read_event, to_event, write_event
+
+STOP_SECONDS = 2.0
+"""What a child may take to leave once its stdin is closed; then it is killed."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """A running `python -m MODULE ARGS`, the leader of its own session, with pipes for events."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+
+    @classmethod
+    async def spawn(cls, module: str, *args: str) -> "Child":
+        """Start it, from the main thread: PR_SET_PDEATHSIG fires when the spawning *thread* ends."""
+        return cls(
+            await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                *args,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is the parent's to handle; and one group to kill
+                limit=READER_LIMIT,
+            )
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def send(
+        self,
+        message: Message,
+        session: int | None = None,
+        payload: bytes | None = None,
+        seconds: float = WRITE_SECONDS,
+    ) -> None:
+        """Raises TimedOut when the child does not read, ConnectionError when it is gone."""
+        await write_event(self._stdin, to_event(message, session, payload), seconds)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What the child says until it closes its end. Raises BadEvent for anything else."""
+        while event := await read_event(self._stdout):
+            yield event
+
+    def close_stdin(self) -> None:
+        """Ask the child to leave."""
+        self._stdin.close()
+
+    @property
+    def asked_to_leave(self) -> bool:
+        return self._stdin.is_closing()
+
+    def kill(self) -> None:
+        """SIGKILL for the child and whatever it started."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def stop(self) -> int:
+        """Close stdin, wait a little, kill. The exit code, negative for a signal. Safe to call again."""
+        self.close_stdin()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            pass
+        finally:  # also when cancelled
+            self.kill()
+        return await self._process.wait()
+
+
+def adopt() -> BinaryIO:
+    """In the child, before anything heavy: die with the parent, be killed first when memory runs out, and keep
+    the real stdout for events alone. Returns it; what libraries print goes to stderr."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800")
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return out
+
+
+async def connect(out: BinaryIO) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """In the child, once its loop runs: stdin to read from, `out` to write to."""
+    return await streams(sys.stdin.buffer, out)
+
+
+async def streams(source: BinaryIO, sink: BinaryIO) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Asyncio's reader and writer on two pipe files."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=READER_LIMIT)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
+    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sink)
+    return reader, asyncio.StreamWriter(transport, protocol, None, loop)
