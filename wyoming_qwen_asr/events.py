@@ -10,7 +10,8 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wyoming.event import Event, async_write_event
 
@@ -52,7 +53,8 @@ async def read_event(reader: asyncio.StreamReader) -> Event | None:
         kind = header.get("type")
         if not isinstance(kind, str):
             raise BadEvent("event has no type")
-        data = header.get("data") or {}
+        data = header.get("data")
+        data = {} if data is None else data
         if not isinstance(data, dict):
             raise BadEvent("event data is not an object")
         if length := _length(header, "data_length", MAX_DATA):
@@ -71,7 +73,9 @@ async def read_event(reader: asyncio.StreamReader) -> Event | None:
 
 def _parse_object(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode("utf-8"))
+        if b"\\u" in text:  # half of a surrogate pair is a str that cannot be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise BadEvent("event is not JSON") from None
     if not isinstance(value, dict):
@@ -94,6 +98,7 @@ async def write_event(writer: asyncio.StreamWriter, event: Event, seconds: float
         async with asyncio.timeout(seconds):
             await async_write_event(event, writer)
     except TimeoutError:
+        writer.transport.abort()  # closing would wait for the peer to read the rest
         raise TimedOut("the peer does not read") from None
 
 
@@ -238,6 +243,8 @@ def _event_type(message: type[Any]) -> str:
 
 _MESSAGES = {_event_type(message): message for message in get_args(Message)}
 
+_FIELDS = {kind: get_type_hints(message) for kind, message in _MESSAGES.items()}
+
 
 def to_event(message: Message, session: int | None = None, payload: bytes | None = None) -> Event:
     """The event that carries a message through a pipe, for one session or for the process."""
@@ -255,4 +262,18 @@ def from_event(event: Event) -> tuple[Message, int]:
         message: Message = _MESSAGES[event.type](**data)
     except (KeyError, TypeError):
         raise BadEvent(f"not a message of ours: {event.type!r}") from None
+    types = {**_FIELDS[event.type], "session": int}
+    if not all(_is_of(value, types[name]) for name, value in (*vars(message).items(), ("session", session))):
+        raise BadEvent(f"a message of ours with a wrong value: {event.type!r}")
     return message, session
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of the type that a message's field has."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(each, *get_args(hint)) for each in value)
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, each) for each in get_args(hint))
+    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)

@@ -32,6 +32,7 @@ class Child:
         self._process = process
         self._stdin = process.stdin
         self._stdout = process.stdout
+        self.asked_to_leave = False
 
     @classmethod
     async def spawn(cls, module: str, *args: str) -> "Child":
@@ -70,11 +71,8 @@ class Child:
 
     def close_stdin(self) -> None:
         """Ask the child to leave."""
+        self.asked_to_leave = True
         self._stdin.close()
-
-    @property
-    def asked_to_leave(self) -> bool:
-        return self._stdin.is_closing()
 
     def kill(self) -> None:
         """SIGKILL for the child and whatever it started."""

@@ -7,11 +7,11 @@ compares them. Limits that no user needs to turn stand below as constants, each 
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from . import __version__
 from .events import Hint
@@ -53,6 +53,11 @@ MAX_RESTARTS = 2
 DRAIN_SECONDS = 20.0
 """What is in flight may finish after SIGTERM; container runtimes kill after 30 s when told so."""
 
+DEFAULT_NAME = "qwen-asr"
+"""On the network, for zeroconf."""
+
+DATA_DIR = "~/.cache/wyoming-qwen-asr"
+
 OPTIONS_JSON = Path("/data/options.json")
 """Where Home Assistant's Supervisor writes an app's options."""
 
@@ -61,6 +66,9 @@ _PREFIX = "QWEN_ASR_"
 
 class SettingsError(ValueError):
     """An unknown key or a bad value: one line for the user, exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 @dataclass(frozen=True)
@@ -78,34 +86,44 @@ class HostPort:
 def _text(value: Any) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError("must be text")
+    if re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", str(value)):
+        raise ValueError("must be text without control characters, in UTF-8")
     return str(value)
 
 
+def _is(value: Any, meant: bool) -> bool:
+    """Whether a YAML or JSON value, or the text of a variable, says yes (or no)."""
+    words = ("true", "on", "yes") if meant else ("false", "off", "no", "none")
+    return value is meant or (isinstance(value, str) and value.lower() in words)
+
+
 def _uris(value: Any) -> tuple[str, ...]:
-    uris = value.split() if isinstance(value, str) else value
-    if not isinstance(uris, list | tuple) or not uris:
+    """One, several with blanks between them, or a list of such."""
+    texts = value if isinstance(value, list) else [value]
+    uris = tuple(uri for text in texts for uri in _text(text).split())
+    if not uris:
         raise ValueError("must be a URI or a list of them")
     for uri in uris:
-        parts = urlsplit(_text(uri))
-        if parts.scheme == "tcp":
-            if not parts.hostname or parts.port is None:
-                raise ValueError(f"{uri!r} is not of the form tcp://HOST:PORT")
-        elif not (parts.scheme == "unix" and parts.path) and uri != "stdio://":
-            raise ValueError(f"{uri!r} is none of tcp://HOST:PORT, unix:///PATH, stdio://")
-    return tuple(uris)
+        tcp = uri.startswith("tcp://") and _address(uri.removeprefix("tcp://"))
+        if not tcp and not re.fullmatch(r"unix://[^?#\[\]]+|stdio://", uri):
+            raise ValueError(f"holds {uri!r}, which is none of tcp://HOST:PORT, unix:///PATH, stdio://")
+    return uris
 
 
 def _host_port(value: Any) -> HostPort | None:
-    if value is False or str(value).lower() in ("false", "none", "off"):
+    if _is(value, False):
         return None
-    try:
-        parts = urlsplit(f"//{_text(value)}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or port is None:
+    if not (address := _address(_text(value))):
         raise ValueError("is not of the form HOST:PORT")
-    return HostPort(host, port)
+    return address
+
+
+def _address(text: str) -> HostPort | None:
+    """HOST:PORT, with brackets around the host if it is an IPv6 address."""
+    found = re.fullmatch(r"(?:\[([^][/?#@]+)]|([^][/?#@:\s]+)):([0-9]{1,5})", text)
+    if not found or int(found[3]) > 65535:
+        return None
+    return HostPort(found[1] or found[2], int(found[3]))
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -118,23 +136,23 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def _device(value: Any) -> str:
-    kind, _, index = _text(value).partition(":")
-    if value in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal()):
-        return str(value)
-    raise ValueError("must be one of auto, cpu, cuda, cuda:N")
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", _text(value)):
+        raise ValueError("must be one of auto, cpu, cuda, cuda:N")
+    return str(value)
 
 
-def _whole(minimum: int) -> Callable[[Any], int]:
+def _whole(minimum: int, maximum: int = 999_999_999) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < minimum:
-            raise ValueError(f"must be a whole number from {minimum}")
-        return int(value)
+        number = int(value) if re.fullmatch("[0-9]{1,9}", str(value)) else -1
+        if not minimum <= number <= maximum:
+            raise ValueError(f"must be a whole number from {minimum} to {maximum}")
+        return number
 
     return parse
 
 
 def _threads(value: Any) -> int:
-    return 0 if value == "auto" else _whole(1)(value)
+    return 0 if value == "auto" else _whole(1, 1024)(value)
 
 
 def _language(value: Any) -> str | None:
@@ -147,19 +165,26 @@ def _language(value: Any) -> str | None:
 
 
 def _zeroconf(value: Any) -> str | None:
-    if value is False or str(value).lower() == "false":
+    if _is(value, False):
         return None
-    name = "" if value is True or str(value).lower() == "true" else _text(value)
+    name = DEFAULT_NAME if _is(value, True) else _text(value)
     if len(name.encode()) > 40:
         raise ValueError("is longer than 40 bytes")
-    return name or DEFAULT_NAME
+    return name
 
 
 def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
+    try:
+        return Path(_text(value)).expanduser()
+    except RuntimeError:
+        raise ValueError("begins with a home directory that is not known") from None
 
 
-DEFAULT_NAME = "qwen-asr"
+def _default_data_dir() -> Path:
+    try:
+        return _path(DATA_DIR)
+    except ValueError:  # a user without a home, as some containers have
+        return Path("/var/cache/wyoming-qwen-asr")
 
 
 def _setting(default: Any, help_text: str, parse: Callable[[Any], Any] = _text, **flag: Any) -> Any:
@@ -202,7 +227,7 @@ class Settings:
         metavar="NAME",
     )
     idle_seconds: int = _setting(900, "end the model process after so long without a session; 0: never", _whole(0))
-    data_dir: Path = _setting(Path("~/.cache/wyoming-qwen-asr").expanduser(), "where models are kept", _path)
+    data_dir: Path = _setting(_default_data_dir(), "where models are kept", _path)
     log_level: str = _setting("info", "debug, info, warning or error", _one_of("debug", "info", "warning", "error"))
 
 
@@ -212,12 +237,13 @@ def load(argv: Sequence[str], environ: Mapping[str, str], options_json: Path = O
     if flags.pop("no_http", False):
         flags["http"] = False
     variables = {k.removeprefix(_PREFIX).lower(): v for k, v in environ.items() if k.startswith(_PREFIX)}
-    config = flags.pop("config", None) or variables.pop("config", None)
+    configs = flags.pop("config", None), variables.pop("config", None)
+    config = configs[0] or configs[1]
 
     values: dict[str, Any] = {}
     for source, given in (
-        (str(options_json), _read_json(options_json)),
-        (str(config), _read_yaml(Path(config)) if config else {}),
+        (str(options_json), _read(options_json, json.loads) if _exists(options_json) else {}),
+        (str(config), _read(config, _yaml) if config else {}),
         ("environment", variables),
         ("flags", flags),
     ):
@@ -225,19 +251,19 @@ def load(argv: Sequence[str], environ: Mapping[str, str], options_json: Path = O
     return Settings(**values)
 
 
-def _parse(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(source: str, given: Mapping[Any, Any]) -> dict[str, Any]:
     """The values of one source. None and "" are what form fields left empty look like: not given."""
     known: dict[str, Field[Any]] = {f.name: f for f in fields(Settings)}
     values = {}
     for key, value in given.items():
         if key not in known:
             raise SettingsError(f"{source}: there is no setting {_spelled(source, str(key))}")
-        if value is None or value == "":
+        if value in (None, "", [], [""]):
             continue
         try:
             values[key] = known[key].metadata["parse"](value)
         except ValueError as error:
-            raise SettingsError(f"{source}: {_spelled(source, key)} {error}, not {value!r}") from None
+            raise SettingsError(f"{source}: {_spelled(source, key)} {error}, not {_shortened(value)}") from None
     return values
 
 
@@ -248,33 +274,45 @@ def _spelled(source: str, key: str) -> str:
     return _PREFIX + key.upper() if source == "environment" else key
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _shortened(value: Any) -> str:
     try:
-        return _mapping(path, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path}: {error}") from None
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "such a number"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a /data that is none of ours
+        return False
+
+
+def _read(file: Path | str, parse: Callable[[bytes], Any]) -> dict[Any, Any]:
+    """The keys and values in a file. Raises SettingsError."""
+    try:
+        value = parse(_path(str(file)).read_bytes())
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except Exception as error:  # PyYAML lets KeyError, AttributeError and others through
+        raise SettingsError(f"{file}: is broken: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SettingsError(f"{file}: must hold keys and values")
+    return value
+
+
+def _yaml(text: bytes) -> Any:
     import yaml
 
-    try:
-        return _mapping(path, yaml.safe_load(path.read_text()) or {})
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def _mapping(path: Path, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise SettingsError(f"{path}: must hold keys and values")
-    return value
+    return yaml.safe_load(text)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(message)
+        raise SettingsError(f"flags: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -303,6 +341,8 @@ def shown(setting: Field[Any]) -> str:
     """The default of a setting as help texts and the README write it."""
     if setting.name == "zeroconf":
         return "off"
+    if setting.name == "data_dir":
+        return DATA_DIR
     if isinstance(setting.default, tuple):
         return " ".join(setting.default)
-    return "auto" if setting.default in (0, None) else str(setting.default).replace(str(Path.home()), "~")
+    return "auto" if setting.default in (0, None) else str(setting.default)

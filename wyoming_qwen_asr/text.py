@@ -60,16 +60,18 @@ def language_code(name: str | None) -> str | None:
 
 
 def join(texts: Iterable[str]) -> str:
-    """One text of several that follow each other: a space between them, unless the script writes none."""
+    """One text of several that follow each other: a space between them, unless the script writes none, or there is
+    one already."""
     joined = ""
     for text in texts:
-        if joined and text and not (_writes_no_spaces(joined[-1]) or _writes_no_spaces(text[0])):
+        if joined and text and not (_stands_alone(joined[-1]) or _stands_alone(text[0])):
             joined += " "
         joined += text
     return joined
 
 
-def _writes_no_spaces(char: str) -> bool:
-    """Of Chinese, Japanese, Thai, and of full-width punctuation. Korean does write spaces."""
-    name = unicodedata.name(char, "")
-    return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "IDEOGRAPHIC", "FULLWIDTH"))
+def _stands_alone(char: str) -> bool:
+    """Characters of Chinese, Japanese and Thai, with their punctuation, and blanks. Korean does write spaces."""
+    if char.isspace() or "\u3000" <= char <= "\u303f":  # 。、「」〜々
+        return True
+    return unicodedata.name(char, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "FULLWIDTH"))

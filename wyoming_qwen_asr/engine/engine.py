@@ -89,7 +89,7 @@ class Engine:
         Raises CheckpointError when the checkpoint cannot be used."""
         located = await self._files.locate()
         while True:
-            while not self._sessions:
+            while all(session.finished for session in self._sessions.values()):
                 self._wake.clear()
                 await self._wake.wait()
             await self._live(located)
@@ -98,16 +98,16 @@ class Engine:
 
     async def _live(self, located: Located) -> None:
         """One model process, from its start to its end."""
-        _LOGGER.info("Starting the model process: %s", located.name)
         settings = self._settings
         child = self._child = await Child.spawn(
             "wyoming_qwen_asr.model",
             *(f"--model={located.path}", f"--name={located.name}", f"--device={settings.device}"),
             *(f"--dtype={settings.dtype}", f"--threads={settings.threads}", f"--log-level={settings.log_level}"),
         )
+        _LOGGER.info("Model process %d started: %s", child.pid, located.name)
         self._cancelled.clear()
         overdue = asyncio.get_running_loop().call_later(LOAD_SECONDS, self._load_overdue)
-        pump = asyncio.create_task(self._pump(child))
+        pump = asyncio.create_task(self._pump(child, located.languages))
         failure: Failed | None = None
         try:
             async for event in child.events():
@@ -158,7 +158,7 @@ class Engine:
         if self._child:
             self._child.kill()
 
-    async def _pump(self, child: Child) -> None:
+    async def _pump(self, child: Child, languages: list[str]) -> None:
         """Tell the model process what the sessions have for it, each in turn, until it is gone."""
         try:
             while True:
@@ -169,7 +169,7 @@ class Engine:
                 while self._cancelled:
                     await child.send(SessionCancel(), self._cancelled.pop(), None, seconds)
                 for session in list(self._sessions.values()):
-                    if outgoing := session.outgoing():
+                    if outgoing := session.outgoing(languages):
                         message, payload = outgoing
                         await child.send(message, session.number, payload, seconds)
                         said = True

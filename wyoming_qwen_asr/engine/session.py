@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -161,6 +161,7 @@ class Session:
             case SessionError():
                 return self.fail(by_code(message.code)(message.message))
             case Segment():
+                _LOGGER.debug("Utterance %d: segment %.1f to %.1f s", self.number, message.start, message.end)
                 self._texts.append(message.text)
                 self._forget(message.end)
             case Final():
@@ -195,24 +196,22 @@ class Session:
         if self._restarts > MAX_RESTARTS:
             self.fail(AsrError("the model process died over this audio again and again"))
 
-    def outgoing(self) -> tuple[Message, bytes | None] | None:
-        """The next message for the model process, and its payload; None when there is nothing to say yet."""
+    def outgoing(self, languages: Sequence[str]) -> tuple[Message, bytes | None] | None:
+        """The next message for the model process, and its payload; None when there is nothing to say yet.
+        A language that is not among the model's `languages` is left for it to detect."""
         options = self._options
+        form = options.format
         if self.finished:
             return None
         if self._sent is None:
             self._sent = self._base
-            offset = self._base / options.format.bytes_per_second
-            form = options.format
-            return (
-                SessionStart(
-                    form.rate, form.width, form.channels, options.language, self._hint, options.context, offset
-                ),
-                None,
-            )
+            language = options.language if options.language in languages else None
+            offset = self._base / form.bytes_per_second
+            start = SessionStart(form.rate, form.width, form.channels, language, self._hint, options.context, offset)
+            return start, None
         unsent = self._fed - self._sent
         ended = self._ended_at is not None
-        if unsent >= SEND_SECONDS * options.format.bytes_per_second or (ended and unsent):
+        if unsent >= SEND_SECONDS * form.bytes_per_second or (ended and unsent):
             begin = self._sent - self._base
             payload = bytes(self._audio[begin : begin + SEND_BYTES])
             self._sent += len(payload)

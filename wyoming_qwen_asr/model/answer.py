@@ -66,14 +66,15 @@ class Answer:
             self._text_at = 0
 
     def _read_tag(self) -> None:
-        name = self._tokenizer.decode(self.ids).strip().removeprefix("language").strip()
+        before, _, name = self._tokenizer.decode(self.ids).partition("language")
+        name = "" if before.strip() else name.strip()  # something else than a language says nothing about it
         self._text_at = len(self.ids)
-        if name.casefold() in ("none", ""):
+        if name.casefold() == "none":
             self.done = True
         elif self._expected and name.casefold() != self._expected.casefold():
             self._write_tag()
         else:
-            self.language = name
+            self.language = name or None
 
     def _write_tag(self) -> None:
         self.ids, self.pending = list(self._tag), list(self._tag)

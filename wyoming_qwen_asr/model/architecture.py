@@ -23,7 +23,8 @@ class _Config:
         for field in fields(cls):
             value = values.setdefault(field.name, field.default)
             kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
-            if type(value) not in kinds or (type(value) in (int, float) and not 0 < value < 2**31):
+            limit = 1000 if field.name.endswith("_layers") else 2**31  # a name is made for every layer
+            if type(value) not in kinds or (type(value) in (int, float) and not 0 < value < limit):
                 raise ValueError(f"{field.name} is {value!r}")
         config = cls(**values)
         config.check()

@@ -8,7 +8,7 @@ Opening reads the small files and the headers of the weights only, and needs no 
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,22 +54,20 @@ class Checkpoint:
 
         Raises CheckpointError when the files changed or cannot be read.
         """
-        from safetensors import safe_open  # brings torch, which opening must not
-        from safetensors.torch import load
+        from safetensors import SafetensorError  # brings torch, which opening must not
 
-        wanted = self.shapes
-        weights: dict[str, torch.Tensor] = {}
-        with _reading(self.path) as root:
-            for shard in _shards(root):
-                file = root / shard
-                if isinstance(file, zipfile.Path):
-                    tensors = load(file.read_bytes())
-                    found = {name: tensors[name] for name in tensors if name.removeprefix(_PREFIX) in wanted}
-                else:
-                    with safe_open(file, framework="pt") as mapped:
-                        names = [name for name in mapped.keys() if name.removeprefix(_PREFIX) in wanted]  # noqa: SIM118
-                        found = {name: mapped.get_tensor(name) for name in names}
-                weights |= {name.removeprefix(_PREFIX): tensor.to(device, dtype) for name, tensor in found.items()}
+        shapes = self.shapes
+        try:
+            with _reading(self.path) as root:
+                weights = {
+                    name: tensor.to(device, dtype)
+                    for shard in _shards(root)
+                    for name, tensor in _tensors(root / shard, shapes)
+                }
+        except SafetensorError as error:
+            raise CheckpointError("the weights of the model are broken") from error
+        if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
+            raise CheckpointError("the weights of the model were exchanged while it was being loaded")
         return weights
 
 
@@ -85,13 +83,13 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
         tokenizer = _tokenizer(root, config)
         if tokenizer.size > decoder.vocab_size:
             raise CheckpointError("the tokenizer belongs to another model: it has more tokens than the network")
-        languages = config.get("support_languages") or ()
+        languages = config.get("support_languages")
         checkpoint = Checkpoint(
             name=name or (path.name if path.is_dir() else path.stem),
             path=path,
             encoder=encoder,
             decoder=decoder,
-            languages=tuple(str(language) for language in languages),
+            languages=tuple(map(str, languages)) if isinstance(languages, list) else (),
             tokenizer=tokenizer,
         )
         _verify(root, checkpoint.shapes)
@@ -122,40 +120,57 @@ def _network(config: Mapping[str, Any]) -> tuple[EncoderConfig, DecoderConfig]:
 
 
 def _tokenizer(root: _Dir, config: Mapping[str, Any]) -> Tokenizer:
-    added: dict[str, int] = {}
-    if (root / "added_tokens.json").is_file():
-        added |= {token: int(i) for token, i in _json(root, "added_tokens.json").items()}
-    if (root / "tokenizer_config.json").is_file():
-        tokens = _json(root, "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added |= {token["content"]: int(i) for i, token in tokens.items()}
-    ends: set[int] = set()
-    generation = _json(root, "generation_config.json") if (root / "generation_config.json").is_file() else {}
-    for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
-        ends |= set(value if isinstance(value, list) else () if value is None else (value,))
+    """From tokenizer.json where there is one, else from the files of the official repositories."""
+
+    def optional(name: str) -> dict[str, Any]:
+        return _json(root, name) if (root / name).is_file() else {}
+
     try:
+        tokens = optional("tokenizer_config.json").get("added_tokens_decoder") or {}
+        added = {name: int(i) for name, i in optional("added_tokens.json").items()}
+        added |= {str(token["content"]): int(i) for i, token in tokens.items()}
+        ends: list[int] = []
+        for value in (optional("generation_config.json").get("eos_token_id"), config.get("eos_token_id")):
+            ends += [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
         if (root / "tokenizer.json").is_file():
             return Tokenizer.from_json((root / "tokenizer.json").read_text(encoding="utf-8"), added, ends)
         vocab = _json(root, "vocab.json")
         if not (root / "merges.txt").is_file():
             raise CheckpointError("merges.txt is missing: this is not a whole Qwen3-ASR model")
         return Tokenizer.from_vocab(vocab, (root / "merges.txt").read_text(encoding="utf-8"), added, ends)
-    except ValueError as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of the model is broken: {error}") from error
 
 
 def _verify(root: _Dir, shapes: Shapes) -> None:
     """Compare the headers of the weights with what the network needs, and their length with the files."""
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for shard in _shards(root):
-        found |= _header(root / shard)
-    found = {name.removeprefix(_PREFIX): entry for name, entry in found.items()}
-    for name, shape in shapes.items():
+        found |= {name.removeprefix(_PREFIX): entry for name, entry in _header(root / shard).items()}
+    for name, wanted in shapes.items():
         if name not in found:
             raise CheckpointError(f"the weights of the model are incomplete: {name} is missing")
-        if tuple(found[name]["shape"]) != shape:
-            raise CheckpointError(f"the weights do not fit config.json: {name} has the shape {found[name]['shape']}")
-        if found[name]["dtype"] not in _DTYPES:
-            raise CheckpointError(f"weights of type {found[name]['dtype']} are not supported: take the bf16 model")
+        shape, dtype = found[name]
+        if shape != wanted:
+            raise CheckpointError(f"the weights do not fit config.json: {name} has the shape {shape}, not {wanted}")
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"weights of type {dtype} are not supported: take the bf16 model")
+
+
+def _tensors(file: _Dir, wanted: Container[str]) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Names, as in `Checkpoint.weights`, and tensors of one file."""
+    from safetensors import safe_open
+    from safetensors.torch import load
+
+    if isinstance(file, zipfile.Path):
+        for name, tensor in load(file.read_bytes()).items():
+            if (short := name.removeprefix(_PREFIX)) in wanted:
+                yield short, tensor
+        return
+    with safe_open(file, framework="pt") as mapped:
+        for name in mapped.keys():  # noqa: SIM118 - it is no mapping
+            if (short := name.removeprefix(_PREFIX)) in wanted:
+                yield short, mapped.get_tensor(name)
 
 
 def _shards(root: _Dir) -> list[str]:
@@ -164,7 +179,10 @@ def _shards(root: _Dir) -> list[str]:
         return [_WEIGHTS]
     if not (root / _INDEX).is_file():
         raise CheckpointError(f"{_WEIGHTS} is missing: this is not a whole Qwen3-ASR model")
-    names = sorted({str(name) for name in dict(_json(root, _INDEX).get("weight_map") or ()).values()})
+    files = _json(root, _INDEX).get("weight_map")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{_INDEX} is broken: it names no files")
+    names = sorted({str(name) for name in files.values()})
     for name in names:
         if not name.endswith(".safetensors") or "/" in name or "\\" in name:
             raise CheckpointError(f"{_INDEX} is broken: it names a file that holds no weights")
@@ -173,8 +191,8 @@ def _shards(root: _Dir) -> list[str]:
     return names
 
 
-def _header(file: _Dir) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of length, JSON of that length, and data up to the end of the file."""
+def _header(file: _Dir) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor of a safetensors file: 8 bytes of length, JSON of that length, then the data."""
     size = file.root.getinfo(file.at).file_size if isinstance(file, zipfile.Path) else file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -183,13 +201,13 @@ def _header(file: _Dir) -> dict[str, Any]:
     try:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        end = max(entry["data_offsets"][1] for entry in header.values())
-        assert all(isinstance(entry["shape"], list) and entry["dtype"] for entry in header.values())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        end = max(int(entry["data_offsets"][1]) for entry in header.values())
+        tensors = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{file.name} is broken or was not downloaded to its end") from error
     if size != 8 + length + end:
         raise CheckpointError(f"{file.name} was not downloaded to its end: {size} of {8 + length + end} bytes")
-    return header
+    return tensors
 
 
 @contextmanager
@@ -206,13 +224,13 @@ def _reading(path: Path) -> Iterator[_Dir]:
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise CheckpointError("the model is neither a folder nor a whole .zip file") from error
     except OSError as error:
-        raise CheckpointError(f"the model cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"the model cannot be read: {error.strerror or type(error).__name__}") from error
 
 
 def _top(root: zipfile.Path) -> zipfile.Path:
     """Archives made from a folder hold that folder."""
-    entries = list(root.iterdir())
-    return entries[0] if len(entries) == 1 and entries[0].is_dir() else root
+    folders = [root, *(entry for entry in root.iterdir() if entry.is_dir())]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), root)
 
 
 def _json(root: _Dir, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from wyoming.event import write_event
 from ..errors import AsrError, CheckpointError, ModelUnavailable
 from ..events import Downloading, Failed, Located, Message, to_event
 from ..process import adopt
+from ..text import LANGUAGES
 from . import log_to_stderr
 from .checkpoint import open_checkpoint
 from .hardware import pick_model
@@ -51,7 +52,7 @@ def locate(model: str, device: str, data_dir: Path, tell: Callable[[Message], No
 
 def _verified(path: Path, name: str) -> Located:
     checkpoint = open_checkpoint(path, name)
-    return Located(name, str(path), list(checkpoint.languages))
+    return Located(name, str(path), list(checkpoint.languages or LANGUAGES.values()))
 
 
 def _from_hub(repository: str, revision: str, cache: Path, tell: Callable[[Message], None]) -> Located:

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 
 __all__ = ["cut_loop", "loop_period"]
 
-_TOKENS = 32  # a loop is at least so long: nobody says that much by repeating
-_REPEATS = 6  # and goes round so often: "no, no, no" and a chorus live
-_REPEATS_SHORT = 16  # with a period of one or two tokens: digits and number words live
+_TOKENS = 32  # a loop is at least so long: digits, number words and "very, very, very" live
+_REPEATS = 6  # and goes round so often: a chorus lives
 
 
 def loop_period(ids: Sequence[int]) -> int:
     """The smallest period, in tokens, with which the end of `ids` repeats itself for too long; 0 if it does not.
 
-    Too long is at least 32 tokens and 6 repeats, 16 repeats for periods of one or two tokens. Cheap enough to be asked
-    for every token.
+    Too long is at least 6 repeats and 32 tokens: one token 32 times, two tokens 16 times, a sentence of ten 6 times.
+    Cheap enough to be asked for every token.
     """
     for period in range(1, len(ids) // _REPEATS + 1):
-        repeats = max(_REPEATS if period > 2 else _REPEATS_SHORT, -(-_TOKENS // period))
+        repeats = max(_REPEATS, -(-_TOKENS // period))
         if ids[-1 - period] == ids[-1] and _run(ids, period) >= (repeats - 1) * period:
             return period
     return 0

@@ -69,6 +69,8 @@ class Tokenizer:
         # The byte alphabet of the BPE holds no line break, so lines are exactly what "\n" divides.
         lines = [line.rstrip("\r") for line in merges.split("\n")]
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        if not pairs:
+            raise ValueError("merges.txt is empty")
         try:
             backend = Backend(
                 models.BPE(
@@ -91,7 +93,8 @@ class Tokenizer:
         return cls(backend, added, end_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; what looks like a special token in it stays text."""
+        """Ids of plain text; what looks like a special token in it stays text. Lone surrogates become "?"."""
+        text = text.encode("utf-8", "replace").decode()
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -15,9 +15,9 @@ _DEMO = Attribution("wyoming-qwen-asr", "https://github.com/QwenLM/Qwen3-ASR")
 
 
 def languages(located: Located | None) -> list[str]:
-    """Codes of what the model understands; all of Qwen3-ASR's until, or unless, the checkpoint says otherwise."""
-    named = [language_code(name) for name in located.languages] if located else []
-    return [code for code in named if code] or list(LANGUAGES)
+    """Codes of what the model understands; all of Qwen3-ASR's until its checkpoint is found."""
+    names = located.languages if located else LANGUAGES.values()
+    return [code for code in map(language_code, names) if code]
 
 
 def info(model: str, located: Located | None) -> Info:

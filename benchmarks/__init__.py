@@ -1,0 +1,1 @@
+"""One module per question, each comparing two things in one run: `script/bench NAME`."""

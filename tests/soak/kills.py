@@ -1,0 +1,98 @@
+"""The model process is killed at random moments, while it loads, listens or works: nobody may lose a word."""
+
+import asyncio
+import time
+from random import Random
+
+import psutil
+from wyoming.asr import Transcript
+
+from tests.conftest import Recording, Server, load_recordings, transcribe
+from wyoming_qwen_asr.settings import MAX_RESTARTS
+
+from .service import heard_alone, model_processes, running, say
+from .tally import Size, Tally
+
+CLIENTS = 8
+
+KILL_AFTER_LOADS = 3.0
+"""The longest time between two kills, in times that a load takes: so a third of them hits a process that loads."""
+
+
+class _Run:
+    """Clients and their killer on one server."""
+
+    def __init__(self, server: Server, rng: Random, tally: Tally) -> None:
+        self._server = server
+        self._rng = rng
+        self._tally = tally
+        self.kills = 0
+        self.delivered = 0
+        self.wrong = 0
+        self.errors = 0
+
+    async def killer(self, longest: float) -> None:
+        while True:
+            await asyncio.sleep(self._rng.uniform(0, longest))
+            for process in model_processes(self._server):
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+                self.kills += 1
+
+    async def client(self, seed: float, said: list[tuple[Recording, str]], size: Size) -> None:
+        """Utterances, several on each connection, until there were enough of everything."""
+        rng = Random(seed)
+        while self._tally.utterances < size.utterances or self.kills < size.kills:
+            async with self._server.client() as connection:
+                for _ in range(rng.randint(1, 5)):
+                    recording, text = rng.choice(said)
+                    kills = self.kills
+                    self._tally.utterances += 1
+                    self._tally.sessions += 1
+                    answer = await say(connection, recording.pcm, rng)
+                    where = f"{recording.path.name}, during {self.kills - kills} kills"
+                    if isinstance(answer, Transcript):
+                        self._judge(answer.text, text, where)
+                        continue
+                    if answer is None:
+                        self._tally.lost += 1
+                        self._tally.fail(f"lost: {where}")
+                    else:
+                        self.errors += 1
+                        deserved = self.kills - kills > MAX_RESTARTS
+                        self._tally.require(deserved, f"an error too early: {where}: {answer.text}")
+                    break
+
+    def _judge(self, heard: str, text: str, where: str) -> None:
+        self.delivered += 1
+        if heard != text:
+            self.wrong += 1
+            self._tally.fail(f"wrong: {heard!r} in place of {text!r}: {where}")
+
+
+async def kills(size: Size, rng: Random, tally: Tally) -> str:
+    """Delivered, lost, wrong, and refused: an error after too many restarts is allowed, and counted."""
+    recordings = load_recordings()
+    async with running(tally) as server:
+        began = time.monotonic()
+        await transcribe(server, recordings[0].pcm)
+        load_seconds = time.monotonic() - began
+        said = list(zip(recordings, await heard_alone(server, recordings, tally), strict=True))
+        run = _Run(server, rng, tally)
+        killer = asyncio.create_task(run.killer(KILL_AFTER_LOADS * load_seconds))
+        try:
+            async with asyncio.TaskGroup() as clients:
+                for _ in range(CLIENTS):
+                    clients.create_task(run.client(rng.random(), said, size))
+        finally:
+            killer.cancel()
+            await asyncio.wait([killer])
+        died = server.log.count("The model process died")
+    tally.faults += run.kills
+    tally.require(died > 0.5 * run.kills, f"{run.kills} kills, and {died} deaths in the server's log")
+    return (
+        f"{run.kills} kills under {tally.utterances} utterances: {run.delivered} delivered, {tally.lost} lost, "
+        f"{run.wrong} wrong, {run.errors} refused after more than {MAX_RESTARTS} restarts"
+    )

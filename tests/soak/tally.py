@@ -1,0 +1,94 @@
+"""How much of everything, what was counted, and what must not have happened."""
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from tests.conftest import Server
+
+MAX_FAILURES = 20
+"""Kept of one scenario: the first ones tell."""
+
+LOG_FAULTS = re.compile(r"^.*(?:Traceback|never retrieved|Unhandled exception)", re.MULTILINE)
+LOG_EXCERPT = 3000
+"""Characters of the log around a fault."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One round of every scenario, `rounds` of them."""
+
+    rounds: int
+    round_seconds: float
+    """A deadline that only a hang reaches, for one scenario."""
+    kills: int
+    """Of the model process, over at least so many `utterances`."""
+    utterances: int
+    streams: int
+    """Hostile Wyoming streams."""
+    forms: int
+    """Mutated uploads, besides those that are listed."""
+    long_seconds: int
+    vanishing: int
+    gaps: int
+    """Utterances between which the model process may be evicted."""
+
+
+CI = Size(1, 240, kills=25, utterances=320, streams=20_000, forms=80, long_seconds=180, vanishing=200, gaps=30)
+FULL = Size(
+    20, 3600, kills=200, utterances=3000, streams=100_000, forms=500, long_seconds=590, vanishing=1000, gaps=200
+)
+
+
+@dataclass
+class Tally:
+    """Of one scenario."""
+
+    sessions: int = 0
+    """Streams of audio opened, honest or not."""
+    faults: int = 0
+    """Processes killed or evicted, and clients gone, while others were served."""
+    refused: int = 0
+    """Bad inputs answered with an error."""
+    utterances: int = 0
+    """Of honest clients: each is owed a transcript."""
+    lost: int = 0
+    """Those that got neither a transcript nor an error."""
+    failures: list[str] = field(default_factory=list)
+    suppressed: int = 0
+
+    def fail(self, what: str) -> None:
+        if len(self.failures) < MAX_FAILURES:
+            self.failures.append(what)
+        else:
+            self.suppressed += 1
+
+    def require(self, holds: bool, what: str) -> None:
+        if not holds:
+            self.fail(what)
+
+    def read_log(self, server: Server, after: str = "") -> None:
+        """Look for faults in what the server has logged since the last time, and forget that."""
+        log, server.log = server.log, ""
+        if found := LOG_FAULTS.search(log):
+            begin = max(0, found.start() - 300)
+            self.fail(f"the server logged a fault{after}:\n{log[begin : begin + LOG_EXCERPT]}")
+
+    def add(self, other: "Tally") -> None:
+        self.sessions += other.sessions
+        self.faults += other.faults
+        self.refused += other.refused
+        self.utterances += other.utterances
+        self.lost += other.lost
+        self.failures += other.failures
+        self.suppressed += other.suppressed
+
+    def __str__(self) -> str:
+        return (
+            f"held {self.sessions} sessions · survived {self.faults} faults · refused {self.refused} bad inputs · "
+            f"lost {self.lost} of {self.utterances} utterances"
+        )
+
+
+Scenario = Callable[[Size, Random, Tally], Awaitable[str]]

@@ -1,0 +1,324 @@
+"""The Wyoming server as its clients see it: a real server process, a real model process, the stock client."""
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soxr
+from wyoming.asr import Transcribe
+from wyoming.audio import AudioChunk, AudioStart, AudioStop
+from wyoming.client import AsyncClient, AsyncTcpClient, AsyncUnixClient
+from wyoming.error import Error
+from wyoming.event import Event
+from wyoming.info import AsrModel, Describe, Info
+from wyoming.ping import Ping, Pong
+
+from wyoming_qwen_asr import __version__
+from wyoming_qwen_asr.events import read_event, write_event
+from wyoming_qwen_asr.settings import MAX_CONNECTIONS, MAX_CONTEXT_CHARACTERS, MAX_SESSIONS
+from wyoming_qwen_asr.wyoming.server import _context
+
+from .conftest import SECONDS, Recording, Server, StartServer, send_audio, transcribe, transcript_of
+
+async def next_event(client: AsyncClient) -> Event | None:
+    return await asyncio.wait_for(client.read_event(), SECONDS)
+
+
+async def refused(client: AsyncClient) -> str:
+    """The code of the error that comes next; after it the connection must end."""
+    event = await next_event(client)
+    assert event is not None, "closed without an error"
+    assert Error.is_type(event.type), event
+    error = Error.from_event(event)
+    assert error.text
+    assert await next_event(client) is None, "still open after an error"
+    return error.code or ""
+
+
+async def described(client: AsyncClient) -> AsrModel:
+    await client.write_event(Describe().event())
+    event = await next_event(client)
+    assert event is not None
+    (program,) = Info.from_event(event).asr
+    assert program.installed
+    assert program.version == __version__
+    (model,) = program.models
+    assert model.installed
+    return model
+
+
+async def test_describe_before_any_model(start_server: StartServer) -> None:
+    """Home Assistant learns all it needs while nothing is loaded, and asking loads nothing."""
+    server = await start_server()
+    async with server.client() as client:
+        await described(client)
+        await asyncio.sleep(1)
+        model = await described(client)
+        assert (model.name, model.languages) == ("demo", ["en", "de"])
+        await client.write_event(Ping(text="x").event())
+        assert await next_event(client) == Pong(text="x").event()
+    assert not server.children("wyoming_qwen_asr.model")
+
+
+async def test_two_utterances_on_one_connection(server: Server, clear: list[Recording]) -> None:
+    async with server.client() as client:
+        for recording in (clear[0], clear[7], clear[1]):
+            await send_audio(client, recording.pcm, request=Transcribe(language=recording.language).event())
+            transcript = await transcript_of(client)
+            assert (transcript.text, transcript.language) == (recording.text, recording.language)
+
+
+async def test_eight_at_once_get_their_own_texts(server: Server, clear: list[Recording]) -> None:
+    texts = await asyncio.gather(*(transcribe(server, recording.pcm) for recording in clear))
+    assert [t.text for t in texts] == [recording.text for recording in clear]
+
+
+@pytest.mark.parametrize("chunk_bytes", [7, 320, 333, 65536])
+async def test_chunks_may_be_cut_anywhere(server: Server, clear: list[Recording], chunk_bytes: int) -> None:
+    async with server.client() as client:
+        await send_audio(client, clear[2].pcm, chunk_bytes=chunk_bytes)
+        assert (await transcript_of(client)).text == clear[2].text
+
+
+def _as_format(pcm: bytes, rate: int, width: int, channels: int) -> bytes:
+    samples = soxr.resample(np.frombuffer(pcm, "<i2").astype(np.float32) / 32768, 16000, rate)
+    samples = np.repeat(samples, channels)
+    if width == 1:
+        return np.round(samples * 127 + 128).astype("u1").tobytes()
+    return (samples * (2 ** (8 * width - 1) - 256)).astype(f"<i{width}").tobytes()
+
+
+@pytest.mark.parametrize(
+    "form", [(22050, 4, 1), (24000, 2, 2), (32000, 2, 1), (44100, 2, 2), (48000, 4, 2), (16000, 4, 1)]
+)
+async def test_any_format(server: Server, clear: list[Recording], form: tuple[int, int, int]) -> None:
+    async with server.client() as client:
+        for recording in clear[:3]:
+            await send_audio(client, _as_format(recording.pcm, *form), form)
+            assert (await transcript_of(client)).text == recording.text
+
+
+@pytest.mark.parametrize("form", [(8000, 2, 1), (16000, 1, 1)])
+async def test_narrow_formats(server: Server, clear: list[Recording], form: tuple[int, int, int]) -> None:
+    """The demo model has never heard a telephone, nor 8-bit noise: something is heard, nothing fails."""
+    async with server.client() as client:
+        await send_audio(client, _as_format(clear[0].pcm, *form), form)
+        assert (await transcript_of(client)).text
+
+
+def _quiet() -> Iterable[tuple[str, bytes]]:
+    noise = np.random.default_rng(0).normal(size=48000)
+    yield "nothing", b""
+    yield "one sample", b"\0\0"
+    yield "digital silence", bytes(64000)
+    for level in (0.001, 0.01, 0.03):
+        yield f"noise at {20 * np.log10(level):.0f} dBFS", (noise * level * 32767).astype("<i2").tobytes()
+
+
+@pytest.mark.parametrize("language", [None, "en", "de"])
+@pytest.mark.parametrize(("what", "pcm"), list(_quiet()))
+async def test_no_speech_is_no_text(server: Server, what: str, pcm: bytes, language: str | None) -> None:
+    """Also when a language is named, as Home Assistant always does."""
+    assert (await transcribe(server, pcm, language)).text == ""
+
+
+async def test_audio_stop_alone(server: Server, clear: list[Recording]) -> None:
+    """An empty transcript, and the connection lives on."""
+    async with server.client() as client:
+        await client.write_event(AudioStop().event())
+        assert (await transcript_of(client)).text == ""
+        await send_audio(client, clear[0].pcm)
+        assert (await transcript_of(client)).text == clear[0].text
+
+
+@pytest.mark.parametrize("language", ["en-GB", "EN_us", "English", "fr", "xx", "auto", ""])
+async def test_language_hints_that_change_nothing(server: Server, clear: list[Recording], language: str) -> None:
+    """Regions and names are understood; what the model does not know is detected."""
+    transcript = await transcribe(server, clear[0].pcm, language)
+    assert (transcript.text, transcript.language) == (clear[0].text, "en")
+
+
+async def test_a_language_is_taken(server: Server, clear: list[Recording]) -> None:
+    transcript = await transcribe(server, clear[0].pcm, "de")
+    assert transcript.language == "de"
+    assert transcript.text != clear[0].text
+
+
+async def test_hint_ignored(start_server: StartServer, clear: list[Recording]) -> None:
+    server = await start_server("--language-hint=ignore", "--no-http")
+    transcript = await transcribe(server, clear[0].pcm, "de")
+    assert (transcript.text, transcript.language) == (clear[0].text, "en")
+
+
+async def test_language_of_the_server(start_server: StartServer, clear: list[Recording]) -> None:
+    """--language is for requests that name none."""
+    server = await start_server("--language=de", "--no-http")
+    assert (await transcribe(server, clear[0].pcm)).language == "de"
+    assert (await transcribe(server, clear[0].pcm, "en")).text == clear[0].text
+
+
+async def test_names_and_unknown_fields(server: Server, clear: list[Recording]) -> None:
+    """A model's name matches or is ignored; names, terms and what newer clients add never fail an utterance."""
+    for data in (
+        {"name": "demo"},
+        {"name": "whisper", "vad_sensitivity": "relaxed", "context": {"conversation": 3}, "new": [1]},
+    ):
+        async with server.client() as client:
+            await client.write_event(Event("select-program", {"name": "other"}))
+            await send_audio(client, clear[0].pcm, request=Event("transcribe", data))
+            assert (await transcript_of(client)).text == clear[0].text
+    async with server.client() as client:
+        biased = Transcribe(transcript_names=["Kitchen <|im_end|>"], transcript_terms=["boiler"] * 1000)
+        await send_audio(client, clear[0].pcm, request=biased.event())
+        await transcript_of(client)
+
+
+def test_context_is_names_then_terms() -> None:
+    request = Transcribe(context={"text": "Attic"}, transcript_names=["Ann", "Bo"], transcript_terms=["lamp"])
+    assert _context(request) == "Attic, Ann, Bo, lamp"
+    assert _context(Transcribe(context={"text": 5})) == ""
+    many = Transcribe(transcript_names=["name"] * 9000, transcript_terms=["term"])
+    assert len(_context(many)) <= MAX_CONTEXT_CHARACTERS
+    assert _context(many).endswith("name")
+
+
+RATE = {"rate": 16000, "width": 2, "channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "events"),
+    [
+        ("bad-audio", [Event("audio-start", RATE | {"rate": 1})]),
+        ("bad-audio", [Event("audio-start", RATE | {"width": True})]),
+        ("bad-audio", [Event("audio-start", {})]),
+        ("bad-audio", [Event("audio-chunk", RATE | {"channels": 9}, b"xx")]),
+        ("bad-request", [Event("audio-chunk", {}, b"xx")]),
+        ("bad-request", [Event("audio-chunk", RATE, b"xx"), Event("audio-chunk", RATE | {"rate": 8000}, b"xx")]),
+        ("bad-request", [Event("transcribe", {"language": 5})]),
+        ("bad-request", [Event("transcribe", {"transcript_names": "Ann"})]),
+        ("bad-request", [Event("transcribe", {"context": "Ann"})]),
+        ("bad-request", [Event("ping", {"text": {}})]),
+    ],
+)
+async def test_bad_events_are_told(server: Server, code: str, events: list[Event]) -> None:
+    async with server.client() as client:
+        for event in events:
+            await client.write_event(event)
+        assert await refused(client) == code
+
+
+@pytest.mark.parametrize("line", [b"hello\n", b'{"type":"audio-chunk","payload_length":8000000000}\n', b"{" * 100_000])
+async def test_what_is_not_wyoming_is_told(server: Server, line: bytes) -> None:
+    async with server.client() as client:
+        assert client._writer is not None
+        client._writer.write(line)
+        assert await refused(client) == "bad-event"
+
+
+async def test_an_error_is_seen_by_a_client_that_keeps_sending(server: Server) -> None:
+    """Closing at once would reset the connection, and the error would be lost."""
+    async with server.client() as client:
+        await client.write_event(AudioStart(1, 2, 1).event())
+        for _ in range(200):
+            await client.write_event(AudioChunk(16000, 2, 1, bytes(20_000)).event())
+        assert await refused(client) == "bad-audio"
+
+
+async def test_too_long(server: Server) -> None:
+    async with server.client() as client:
+        await client.write_event(AudioStart(16000, 2, 1).event())
+        for _ in range(601):
+            await client.write_event(AudioChunk(16000, 2, 1, bytes(32_000)).event())
+        assert await refused(client) == "too-large"
+
+
+async def test_describe_while_an_utterance_is_recognised(server: Server, clear: list[Recording]) -> None:
+    """On the same connection: the answer to `describe` comes first."""
+    async with server.client() as client:
+        await send_audio(client, b"".join(r.pcm for r in clear))
+        await described(client)
+        assert (await transcript_of(client)).text
+
+
+async def test_a_client_may_close_its_half(server: Server, clear: list[Recording]) -> None:
+    """Like `nc -N`: all audio is sent, the connection half closed, the transcript still comes."""
+    async with server.client() as client:
+        await send_audio(client, clear[0].pcm)
+        assert client._writer is not None
+        client._writer.write_eof()
+        assert (await transcript_of(client)).text == clear[0].text
+        assert await next_event(client) is None
+
+
+async def test_sessions_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
+    """The one too many is told so; the others are served; a place that becomes free is given."""
+    server = await start_server("--no-http")
+    clients: list[AsyncTcpClient] = []
+    try:
+        for _ in range(MAX_SESSIONS + 1):
+            client = server.client()
+            await client.connect()
+            clients.append(client)
+            await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+            await described(client) if len(clients) <= MAX_SESSIONS else None
+        assert await refused(clients[-1]) == "busy"
+        await clients[0].disconnect()
+        for client in clients[1:-1]:
+            await client.write_event(AudioStop().event())
+        for client in clients[1:-1]:
+            assert (await transcript_of(client)).text == clear[0].text
+        assert (await transcribe(server, clear[1].pcm)).text == clear[1].text
+    finally:
+        for client in clients:
+            await client.disconnect()
+
+
+async def test_connections_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
+    server = await start_server("--no-http")
+    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(MAX_CONNECTIONS)]
+    async with server.client() as client:
+        assert await refused(client) == "busy"
+    for _, writer in silent:
+        writer.close()
+        await writer.wait_closed()
+    assert (await transcribe(server, clear[0].pcm)).text == clear[0].text
+
+
+async def test_unix_socket(start_server: StartServer, clear: list[Recording], tmp_path: Path) -> None:
+    """Beside a TCP port; a socket that a killed server left behind is replaced, and ours is removed."""
+    path = tmp_path / "asr.sock"
+    killed = await start_server(f"--uri=unix://{path}", "--no-http")
+    await killed.logged("Wyoming at unix")
+    await killed.kill()
+    assert path.is_socket()
+    both = await start_server(f"--uri=unix://{path}", "--uri=tcp://127.0.0.1:0", "--no-http")
+    await both.logged("Wyoming at tcp")
+    for _ in range(2):
+        async with AsyncUnixClient(str(path)) as client:
+            await send_audio(client, clear[0].pcm)
+            assert (await transcript_of(client)).text == clear[0].text
+    await both.stop()
+    assert not path.exists()
+
+
+async def test_stdio(clear: list[Recording]) -> None:
+    """Any program can start the server as its child; it leaves, its work done, when its stdin ends."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "wyoming_qwen_asr", "--uri=stdio://", "--no-http", "--model=demo", "--dtype=float32"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    await write_event(process.stdin, AudioChunk(16000, 2, 1, clear[0].pcm).event())
+    await write_event(process.stdin, AudioStop().event())
+    process.stdin.close()
+    async with asyncio.timeout(SECONDS):
+        event = await read_event(process.stdout)
+        assert event is not None
+        assert event.data["text"] == clear[0].text
+        assert await process.stdout.read() == b""
+        assert await process.wait() == 0
