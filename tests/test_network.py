@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wyoming_qwen_asr.errors import BadRequest
 from wyoming_qwen_asr.model import network as network_module
 from wyoming_qwen_asr.model.answer import TAG_TOKENS, Answer
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
@@ -120,7 +121,7 @@ def test_context_is_text(network: Network, tokenizer: Tokenizer) -> None:
 
 
 def test_a_context_that_leaves_no_room(network: Network) -> None:
-    with pytest.raises(ValueError, match="too long"):
+    with pytest.raises(BadRequest, match="too long"):
         network.recognise([Piece(sound(1), context="kitchen " * 4000)])
 
 

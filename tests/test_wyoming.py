@@ -86,9 +86,8 @@ async def test_chunks_may_be_cut_anywhere(server: Server, clear: list[Recording]
 def _as_format(pcm: bytes, rate: int, width: int, channels: int) -> bytes:
     samples = soxr.resample(np.frombuffer(pcm, "<i2").astype(np.float32) / 32768, 16000, rate)
     samples = np.repeat(samples, channels)
-    if width == 1:
-        return np.round(samples * 127 + 128).astype("u1").tobytes()
-    return (samples * (2 ** (8 * width - 1) - 256)).astype(f"<i{width}").tobytes()
+    scale, zero, dtype = (127, 128, "u1") if width == 1 else (2 ** (8 * width - 1) - 256, 0, f"<i{width}")
+    return bytes(np.round(samples * scale + zero).astype(dtype))
 
 
 @pytest.mark.parametrize(

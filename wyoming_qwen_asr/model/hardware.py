@@ -1,6 +1,7 @@
 """What `auto` means on this machine. Each function returns its pick and the reason, for the log."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +44,8 @@ def pick_model(device: str) -> tuple[str, str]:
         return "0.6b", "no CUDA GPU is visible, and the larger one is too slow on a CPU"
     memory = torch.cuda.get_device_properties(picked).total_memory
     if memory < LARGE_MODEL_BYTES:
-        return "0.6b", f"the GPU has {memory / 1e9:.0f} GB, the larger one wants {LARGE_MODEL_BYTES / 1e9:.0f}"
-    return "1.7b", f"the GPU has {memory / 1e9:.0f} GB"
+        return "0.6b", f"the GPU has {memory / 1e9:.1f} GB, the larger one wants {LARGE_MODEL_BYTES / 1e9:.1f}"
+    return "1.7b", f"the GPU has {memory / 1e9:.1f} GB"
 
 
 def pick_dtype(dtype: str, device: "torch.device") -> tuple["torch.dtype", str]:
@@ -94,8 +95,8 @@ def _physical_cores(cpus: Path, usable: Iterable[int]) -> int:
 
 def _quota(cpu_max: Path) -> float | None:
     """CPUs' worth of time in cgroup v2's cpu.max, "QUOTA PERIOD" in microseconds; None for "max" or no such file."""
-    words = (_lines(cpu_max) or ["max"])[0].split()
-    return int(words[0]) / int(words[1]) if words[0] != "max" else None
+    found = re.fullmatch(r"(\d+) ([1-9]\d*)", " ".join(_lines(cpu_max)))
+    return int(found[1]) / int(found[2]) if found else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import BadRequest
 from .answer import Answer
 from .checkpoint import Checkpoint
 from .decoder import Cache, Decoder
@@ -100,7 +101,7 @@ class Network:
 
         cancelled(i) is asked once a token for each piece under way; after True the piece costs nothing more, and its
         result is empty. NaN and infinite samples count as 0, a piece without samples as one without speech.
-        Raises ValueError when a context leaves no room for the answer.
+        Raises BadRequest when a context leaves no room for the answer.
         """
         results = [_NOTHING] * len(pieces)
         heard = [index for index, piece in enumerate(pieces) if len(piece.samples)]
@@ -143,7 +144,7 @@ class Network:
             answer = Answer(self.tokenizer, budget(len(samples)), expected, force)
             prompt = self.tokenizer.prompt(len(sound), piece.context)
             if len(prompt) + answer.room > self.decoder.config.max_position_embeddings:
-                raise ValueError(f"a context of {len(prompt) - len(sound)} tokens is too long for this model")
+                raise BadRequest(f"a context of {len(prompt) - len(sound)} tokens is too long for this model")
             jobs.append(_Job(index, answer, len(prompt)))
             places.append(len(ids) + prompt.index(self.tokenizer.audio_pad))
             counts.append(len(prompt) + len(answer.pending))

@@ -14,7 +14,7 @@ from ..events import Final, Hint, Message, Segment, SessionError, SessionStart
 from ..text import join
 from .network import Network, Piece, Recognition
 from .resample import Resampler, Samples
-from .vad import cut_point
+from .vad import LATEST_CUT, cut_point
 
 MAX_BATCH = 8
 """Pieces recognised together: more gains little on a GPU and makes the first of them wait on a CPU."""
@@ -30,10 +30,10 @@ class _Stream:
 
     start: SessionStart
     resampler: Resampler
-    audio: Samples = field(default_factory=lambda: np.zeros(0, np.float32))
-    """Heard, not yet recognised."""
     chunks: list[Samples] = field(default_factory=list)
-    """Heard since `audio` was last put together."""
+    """Heard, not yet recognised."""
+    waiting: int = 0
+    """Samples in `chunks`."""
     done: int = 0
     """Samples recognised."""
     ended: bool = False
@@ -41,9 +41,22 @@ class _Stream:
     language: str | None = None
     """Of the first segment with speech; the later ones get it as a hint."""
 
-    def gather(self) -> None:
-        self.audio = np.concatenate([self.audio, *self.chunks])
-        self.chunks.clear()
+    def hear(self, samples: Samples) -> None:
+        self.chunks.append(samples)
+        self.waiting += len(samples)
+
+    def piece(self) -> Samples | None:
+        """What to recognise next, if it is time for that. It stays until `finish`."""
+        if self.waiting < LATEST_CUT and not self.ended:
+            return None
+        self.chunks = [np.concatenate(self.chunks)]  # never empty here: an end brings the resampler's rest
+        return self.chunks[0][: cut_point(self.chunks[0])]
+
+    def finish(self, samples: int) -> None:
+        """So many samples are recognised."""
+        self.chunks[0] = self.chunks[0][samples:]
+        self.waiting -= samples
+        self.done += samples
 
 
 class Scheduler:
@@ -62,12 +75,12 @@ class Scheduler:
 
     def audio(self, number: int, pcm: bytes) -> None:
         if stream := self._streams.get(number):
-            stream.chunks.append(stream.resampler.feed(pcm))
+            stream.hear(stream.resampler.feed(pcm))
             self._news.set()
 
     def end(self, number: int) -> None:
         if stream := self._streams.get(number):
-            stream.chunks.append(stream.resampler.flush())
+            stream.hear(stream.resampler.flush())
             stream.ended = True
             self._news.set()
 
@@ -87,10 +100,9 @@ class Scheduler:
         """The next piece of each session that has one, at most MAX_BATCH of them."""
         due: dict[int, Samples] = {}
         for number, stream in self._streams.items():
-            stream.gather()
-            cut = cut_point(stream.audio)
-            if cut is not None or stream.ended:
-                due[number] = stream.audio[:cut]
+            piece = stream.piece()
+            if piece is not None:
+                due[number] = piece
                 if len(due) == MAX_BATCH:
                     break
         return due
@@ -105,15 +117,17 @@ class Scheduler:
             results = await asyncio.get_running_loop().run_in_executor(
                 self._compute, self._network.recognise, pieces, lambda index: numbers[index] not in self._streams
             )
-        except Exception:
-            _LOGGER.exception("Recognising %d pieces failed", len(due))
-            if len(due) > 1:  # find out which of them it was
+        except Exception as error:
+            if len(due) > 1:  # find out whose piece it was
                 for number, samples in due.items():
                     if number in self._streams:
                         await self._recognise({number: samples})
                 return
+            if not isinstance(error, AsrError):
+                _LOGGER.exception("Recognising %.1f s of audio failed", len(due[numbers[0]]) / SAMPLE_RATE)
+                error = AsrError("the model failed on this audio")
             self.cancel(numbers[0])
-            await self._emit(SessionError(AsrError.code, "the model failed on this audio"), numbers[0])
+            await self._emit(SessionError(error.code, str(error)), numbers[0])
             return
         for number, result in zip(numbers, results, strict=True):
             if stream := self._streams.get(number):
@@ -123,12 +137,11 @@ class Scheduler:
         if result.looped or result.truncated:
             _LOGGER.warning("Session %d: the model %s", number, "repeated itself" if result.looped else "ran on")
         begin = stream.start.offset + stream.done / SAMPLE_RATE
-        stream.done += samples
-        stream.audio = stream.audio[samples:]
+        stream.finish(samples)
         stream.language = stream.language or result.language
         stream.texts.append(result.text)
         await self._emit(Segment(result.text, result.language, begin, begin + samples / SAMPLE_RATE), number)
-        if stream.ended and not len(stream.audio) and not stream.chunks:
+        if stream.ended and not stream.waiting:
             self.cancel(number)
             await self._emit(Final(join(stream.texts), stream.language), number)
 
