@@ -9,10 +9,9 @@ from urllib.request import urlopen
 
 from wyoming.asr import Transcribe
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
-from wyoming.event import read_event, write_event
-from wyoming.info import Describe
+from wyoming.event import read_event
 
-from tests.conftest import Server, load_recordings, transcript_of
+from tests.conftest import Server, load_recordings, transcript_of, wait_until
 
 from ._measure import measured, percentile, table
 
@@ -26,8 +25,8 @@ STREAMS = 8
 def describe(port: int) -> float:
     """Milliseconds from opening a connection to the whole answer."""
     began = time.perf_counter()
-    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rwb") as file:
-        write_event(Describe().event(), file)
+    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as file:
+        connection.sendall(b'{"type": "describe"}\n')
         event = read_event(file)
         taken = time.perf_counter() - began
         assert event is not None
@@ -65,8 +64,7 @@ async def loading(server: Server, count: int) -> tuple[list[float], int]:
             await client.write_event(AudioStop().event())
             await transcript_of(client)
         server.model_process().kill()
-        while await asyncio.to_thread(state, server) != "idle":
-            await asyncio.sleep(0.05)
+        await asyncio.to_thread(wait_until, lambda: state(server) == "idle")
     return taken, loads
 
 

@@ -1,7 +1,6 @@
 """How soon is the model there? Our model process up to Ready, against the official package loading the same weights."""
 
 import asyncio
-import contextlib
 import sys
 import tempfile
 import time
@@ -32,8 +31,7 @@ async def ours(checkpoint: Path) -> float:
         *(f"--model={checkpoint}", "--name=demo", "--device=cpu", "--dtype=float32", "--log-level=warning"),
     )
     try:
-        async with contextlib.aclosing(child.events()) as events:
-            message, _ = from_event(await anext(events))
+        message, _ = from_event(await anext(child.events()))
         assert isinstance(message, Ready), message
         return time.perf_counter() - began
     finally:

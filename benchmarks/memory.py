@@ -7,6 +7,8 @@ from functools import partial
 
 import psutil
 
+from tests.conftest import wait_until
+
 from ._measure import measured, median, table
 from .describe import describes
 
@@ -33,9 +35,7 @@ async def gateway(*flags: str) -> Memory:
     async with measured(*flags) as server:
         own = psutil.Process(server.process.pid)
         for present in (True, False):  # the child that looks for the checkpoint comes, and goes
-            async with asyncio.timeout(30):
-                while bool(own.children()) != present:
-                    await asyncio.sleep(0.02)
+            await asyncio.to_thread(wait_until, lambda present=present: bool(own.children()) == present)
         await describes(server, DESCRIBES)
         await asyncio.sleep(SETTLE_SECONDS)
         return memory(own.pid)

@@ -55,11 +55,12 @@ async def _try(server: Server, request: Request, tally: Tally) -> None:
                 writer.write(request.data)
                 await writer.drain()
             if request.hang_up:
-                return None
+                return
             with contextlib.suppress(ConnectionError):
                 answer = await reader.read()
     except TimeoutError:
-        return tally.fail(f"{request.name}: no answer in {ANSWER_SECONDS:.0f} s: {request.data[:500]!r}")
+        tally.fail(f"{request.name}: no answer in {ANSWER_SECONDS:.0f} s: {request.data[:500]!r}")
+        return
     finally:
         writer.close()
     head, _, body = answer.partition(b"\r\n\r\n")

@@ -43,6 +43,9 @@ NASTY: tuple[Any, ...] = (
 """Values for any field: of the wrong type, out of range, or right for another field. The lone surrogates are valid
 JSON, and no text."""
 
+FIELDS = ("text", "name", "language", "context", "transcript_names", "transcript_terms", "rate", "width", "channels")
+"""That the server looks at."""
+
 LENGTHS: tuple[Any, ...] = (
     *(-1, 0, 1, 2, 100, MAX_DATA, MAX_DATA + 1, MAX_PAYLOAD, MAX_PAYLOAD + 1, 2**31, 2**32 + 1, 2**63, 10**30),
     *(1.0, 1e999, True, "12", [], {}, None),

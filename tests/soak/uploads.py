@@ -36,6 +36,7 @@ def http(method: str, path: str, body: bytes = b"", *headers: str, kind: str = "
     return "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape") + body
 
 
+NAMED = 'form-data; name="file"; filename="a"'
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 
 
@@ -119,15 +120,13 @@ def _forms(good: bytes) -> Iterator[Request]:
     for encoding in ("gzip", "deflate", "br", "nonsense"):
         yield Request(
             f"part encoded {encoding}",
-            post(part('form-data; name="file"; filename="a"', b"x" * 100, f"Content-Encoding: {encoding}")),
+            post(part(NAMED, b"x" * 100, f"Content-Encoding: {encoding}")),
         )
     for encoding in ("base64", "quoted-printable", "binary", "nonsense"):
         transfer = f"Content-Transfer-Encoding: {encoding}"
-        yield Request(f"part in {encoding}", post(part('form-data; name="file"; filename="a"', b"=" * 101, transfer)))
-    yield Request("part with a length", post(part('form-data; name="file"; filename="a"', b"x", "Content-Length: -5")))
-    yield Request(
-        "part with a huge length", post(part('form-data; name="file"; filename="a"', b"x", "Content-Length: 999999"))
-    )
+        yield Request(f"part in {encoding}", post(part(NAMED, b"=" * 101, transfer)))
+    yield Request("part with a length", post(part(NAMED, b"x", "Content-Length: -5")))
+    yield Request("part with a huge length", post(part(NAMED, b"x", "Content-Length: 999999")))
 
 
 def _fields(good: bytes) -> Iterator[Request]:

@@ -8,10 +8,13 @@ import argparse
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from functools import partial
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wyoming.event import write_event
 
@@ -20,8 +23,10 @@ from ..events import Downloading, Failed, Located, Message, to_event
 from ..process import adopt
 from ..text import LANGUAGES
 from . import log_to_stderr
-from .checkpoint import open_checkpoint
 from .hardware import pick_model
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 REPOSITORIES = {"0.6b": "Qwen/Qwen3-ASR-0.6B", "1.7b": "Qwen/Qwen3-ASR-1.7B"}
 
@@ -41,69 +46,103 @@ def locate(model: str, device: str, data_dir: Path, tell: Callable[[Message], No
         _LOGGER.info("Model %s: %s", model, reason)
     if model == "demo":
         return _verified(Path(str(resources("wyoming_qwen_asr") / "demo_model.zip")), "demo")
-    name = REPOSITORIES.get(model.lower(), model)
-    path = Path(model).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")):
-        return _verified(path, path.name)
-    if name.count("/") != 1:
+    if path := _local(model):
+        return _verified(path, path.resolve().name)
+    repository, _, revision = model.partition("@")
+    repository = REPOSITORIES.get(repository.lower(), repository)
+    if repository.count("/") != 1:
         raise CheckpointError(f"there is no model {model!r}: give 0.6b, 1.7b, a Hugging Face id or a directory")
-    return _from_hub(*name.partition("@")[::2], data_dir / "models", tell)
+    return _from_hub(repository, revision or None, data_dir / "models", tell)
+
+
+def _local(model: str) -> Path | None:
+    """The path that `model` is, or must be by its looks; None for the names of repositories."""
+    with suppress(OSError, RuntimeError):  # too long for a path, or of somebody who has no home here
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
+    return Path(model) if model.startswith((".", "/", "~")) else None
 
 
 def _verified(path: Path, name: str) -> Located:
+    from .checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(path, name)
     return Located(name, str(path), list(checkpoint.languages or LANGUAGES.values()))
 
 
-def _from_hub(repository: str, revision: str, cache: Path, tell: Callable[[Message], None]) -> Located:
+def _from_hub(repository: str, revision: str | None, cache: Path, tell: Callable[[Message], None]) -> Located:
     """From our own cache or the user's Hugging Face cache, else downloaded into our own."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()
+    snapshot = partial(snapshot_download, repository, revision=revision, allow_patterns=PATTERNS)
     try:
         for place in (cache, None):  # None: where other programs of this user keep theirs
-            try:
-                found = snapshot_download(repository, revision=revision or None, cache_dir=place, local_files_only=True)
-                return _verified(Path(found), repository)
-            except (LocalEntryNotFoundError, CheckpointError):
-                continue  # absent, or half downloaded
-        with _progress(repository, revision, cache, tell):
-            found = snapshot_download(repository, revision=revision or None, cache_dir=cache, allow_patterns=PATTERNS)
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at {revision!r}" if revision else ""
-        raise CheckpointError(f"the Hub has no model {repository!r}{at} ({type(error).__name__})") from None
-    except (OSError, HfHubHTTPError) as error:
-        raise ModelUnavailable(f"the model cannot be downloaded: {_first_line(error)}") from None
-    return _verified(Path(found), repository)
+            with suppress(OSError, CheckpointError):  # absent, out of reach, or half downloaded
+                return _verified(Path(snapshot(cache_dir=place, local_files_only=True)), repository)
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=30)
+        with _progress(_blobs(info), cache / f"models--{repository.replace('/', '--')}" / "blobs", tell):
+            found = Path(snapshot(cache_dir=cache))
+    except HFValidationError:
+        raise CheckpointError(f"{repository!r} is not a Hugging Face id") from None
+    except Exception as error:  # the errors of its HTTP library, which differ between its versions
+        raise _translated(error, repository, revision, constants.ENDPOINT) from None
+    if not all((found / file.rfilename).exists() for file in info.siblings or [] if _wanted(file.rfilename)):
+        raise ModelUnavailable("the download of the model stopped before its end")  # the Hub went away in between
+    return _verified(found, repository)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _translated(error: BaseException | None, repository: str, revision: str | None, hub: str) -> AsrError:
+    """What an exception of huggingface_hub means. The cause at its root is what a user understands."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    reason = ""
+    while error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        if isinstance(error, GatedRepoError):
+            return CheckpointError(
+                f"{repository} is given to registered users only: ask for access at {hub}/{repository} "
+                "and set HF_TOKEN to an access token of yours"
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return CheckpointError(f"the Hub has no model {repository!r}; if it is a private one, set HF_TOKEN")
+        if isinstance(error, RevisionNotFoundError):
+            return CheckpointError(f"the Hub has no revision {revision!r} of {repository}")
+        if status in (401, 403):
+            return CheckpointError(f"the Hub refuses access to {repository}: check the access token in HF_TOKEN")
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        error = error.__cause__ or error.__context__
+    return ModelUnavailable(f"the model cannot be downloaded from {hub}: {reason}")
+
+
+def _wanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in PATTERNS)
+
+
+def _blobs(info: "ModelInfo") -> dict[str, int]:
+    """Sizes of the files to be downloaded, by the names that they have in the cache's folder of blobs."""
+    files = [file for file in info.siblings or [] if _wanted(file.rfilename)]
+    return {(file.lfs.sha256 if file.lfs else file.blob_id) or "": file.size or 0 for file in files}
 
 
 @contextmanager
-def _progress(repository: str, revision: str, cache: Path, tell: Callable[[Message], None]) -> Iterator[None]:
+def _progress(sizes: Mapping[str, int], folder: Path, tell: Callable[[Message], None]) -> Iterator[None]:
     """While inside, tell how many bytes have arrived: the library's own bars count files, not bytes."""
-    from fnmatch import fnmatch
-
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=30)
-    wanted = [f.size or 0 for f in info.siblings or [] if any(fnmatch(f.rfilename, p) for p in PATTERNS)]
-    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
-    done = threading.Event()
+    finished = threading.Event()
 
     def watch() -> None:
+        done = 0
         while True:
-            sizes = (blob.stat().st_size for blob in blobs.glob("*") if blob.exists())
-            tell(Downloading(sum(sizes), sum(wanted)))
-            if done.wait(PROGRESS_SECONDS):
+            arrived = sum(min(size, _arrived(folder, blob)) for blob, size in sizes.items())
+            done = max(done, arrived)  # for a moment, a file that is being renamed is not there
+            tell(Downloading(done, sum(sizes.values())))
+            if finished.wait(PROGRESS_SECONDS):
                 return
 
     thread = threading.Thread(target=watch)
@@ -111,8 +150,17 @@ def _progress(repository: str, revision: str, cache: Path, tell: Callable[[Messa
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
+
+
+def _arrived(folder: Path, blob: str) -> int:
+    """Bytes of a blob: of the whole file, or of the largest of those that are to become it."""
+    sizes = [0]
+    for path in folder.glob(f"{blob}*"):
+        with suppress(OSError):
+            sizes.append(path.stat().st_size)
+    return max(sizes)
 
 
 def main() -> int:
@@ -130,7 +178,8 @@ def main() -> int:
 
     try:
         tell(locate(args.model, args.device, args.data_dir, tell))
-    except AsrError as error:
+    except (AsrError, ImportError) as error:
+        error = error if isinstance(error, AsrError) else CheckpointError(f"{error}: install the [local] extra")
         tell(Failed(error.code, str(error)))
         return 3 if isinstance(error, CheckpointError) else 1
     return 0
