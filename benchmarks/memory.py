@@ -34,8 +34,8 @@ async def gateway(*flags: str) -> Memory:
     """Of a gateway that has found its checkpoint, and answered a few times."""
     async with measured(*flags) as server:
         own = psutil.Process(server.process.pid)
-        for present in (True, False):  # the child that looks for the checkpoint comes, and goes
-            await asyncio.to_thread(wait_until, lambda present=present: bool(own.children()) == present)
+        await asyncio.to_thread(wait_until, own.children)  # the child that looks for the checkpoint comes,
+        await asyncio.to_thread(wait_until, lambda: not own.children())  # and goes
         await describes(server, DESCRIBES)
         await asyncio.sleep(SETTLE_SECONDS)
         return memory(own.pid)

@@ -62,7 +62,9 @@ async def test_language_and_prompt(client: openai.AsyncOpenAI, clear: list[Recor
 
 async def test_silence(client: openai.AsyncOpenAI, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "quiet.wav", np.zeros(32000), 16000)
-    assert (await client.audio.transcriptions.create(file=tmp_path / "quiet.wav", model="any", language="en")).text == ""
+    assert (
+        await client.audio.transcriptions.create(file=tmp_path / "quiet.wav", model="any", language="en")
+    ).text == ""
 
 
 async def test_longer_than_a_piece(client: openai.AsyncOpenAI, clear: list[Recording]) -> None:

@@ -23,6 +23,7 @@ from wyoming_qwen_asr.wyoming.server import _context
 
 from .conftest import SECONDS, Recording, Server, StartServer, send_audio, transcribe, transcript_of
 
+
 async def next_event(client: AsyncClient) -> Event | None:
     return await asyncio.wait_for(client.read_event(), SECONDS)
 

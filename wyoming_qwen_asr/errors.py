@@ -61,8 +61,12 @@ class ModelUnavailable(AsrError):
     status = 503
 
 
+EXIT_CANNOT_LOAD = 3
+"""Exit code of a process that met a CheckpointError: starting it again would not help."""
+
+
 class CheckpointError(AsrError):
-    """The checkpoint is missing, broken or of another kind: retrying cannot help, exit code 3."""
+    """The checkpoint is missing, broken or of another kind, or the device asked for is not there."""
 
     code = "model-invalid"
     status = 503

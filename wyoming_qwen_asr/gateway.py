@@ -34,8 +34,10 @@ class Gateway:
         stopped = asyncio.create_task(_signalled().wait())
         running: list[asyncio.Task[None]] = []
         try:
-            await self._startup()
+            await self._listen()
             running = [asyncio.create_task(self._engine.run()), *([self._stdio] if self._stdio else [])]
+            if self._discovery:
+                await self._discovery.register()
             await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
             for task in running:
                 if task.done():
@@ -46,8 +48,8 @@ class Gateway:
                 each.cancel()
             await asyncio.wait([stopped, *running])
 
-    async def _startup(self) -> None:
-        """Every address is open, and `describe` answered, before the model's files are even looked for."""
+    async def _listen(self) -> None:
+        """Open every address: `describe` is answered before the model's files are even looked for."""
         settings = self._settings
         _LOGGER.info("wyoming-qwen-asr %s, model %s", __version__, settings.model)
         for uri in settings.uri:
@@ -63,8 +65,6 @@ class Gateway:
 
             self._http = HttpServer(self._engine, settings.model, settings.language)
             _LOGGER.info("OpenAI-compatible API at http://%s/v1", await self._http.listen(settings.http))
-        if self._discovery:
-            await self._discovery.register()
 
     async def _drain(self) -> None:
         """Be found no more, accept no more, let what is in flight come to its end."""

@@ -38,7 +38,7 @@ async def scenario(name: str, size: Size, seed: str) -> Tally:
             async with asyncio.timeout(size.round_seconds):
                 line = await SCENARIOS[name](size, random.Random(seed), tally)
     except Exception:
-        tally.fail(traceback.format_exc()[-6000:])
+        tally.failures.insert(0, traceback.format_exc()[-6000:])
     mark = "✗" if tally.failures else "✓"
     print(f"{mark} {name:8} {line} ({time.monotonic() - began:.0f} s)", flush=True)
     for failure in tally.failures:

@@ -49,6 +49,7 @@ async def _try(server: Server, request: Request, tally: Tally) -> None:
     """Send it and judge the answer."""
     address = urlsplit(server.http)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    hearing = asyncio.create_task(_hear(reader))
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             with contextlib.suppress(ConnectionError):
@@ -56,27 +57,38 @@ async def _try(server: Server, request: Request, tally: Tally) -> None:
                 await writer.drain()
             if request.hang_up:
                 return
-            with contextlib.suppress(ConnectionError):
-                answer = await reader.read()
+            answer = await hearing
     except TimeoutError:
-        tally.fail(f"{request.name}: no answer in {ANSWER_SECONDS:.0f} s: {request.data[:500]!r}")
+        tally.fail(f"{request.name}: no answer in {ANSWER_SECONDS:.0f} s to {request.data[:300]!r}")
         return
     finally:
+        hearing.cancel()
         writer.close()
-    head, _, body = answer.partition(b"\r\n\r\n")
+    head, _, body = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
     if wrong := _wrong(request, head, body):
-        tally.fail(f"{request.name}: {wrong}: {answer[:400]!r}\n  to {request.data[:600]!r}")
-    tally.refused += b" 200 " not in head.splitlines()[0] if head else False
+        tally.fail(f"{request.name}: {wrong}: {answer[-200:]!r}\nto {request.data[:300]!r}")
+    tally.refused += not head.startswith(b"HTTP/1.1 200 ")
+
+
+async def _hear(reader: asyncio.StreamReader) -> bytes:
+    """All that is answered, even if the connection is reset after it."""
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while some := await reader.read(1 << 16):
+            answer += some
+    return answer
 
 
 def _wrong(request: Request, head: bytes, body: bytes) -> str | None:
     """What is wrong with an answer."""
     try:
         protocol, status, *_ = head.split(None, 2)
-        if protocol != b"HTTP/1.1" or int(status) not in request.statuses:
+        if int(status) not in request.statuses:
             return f"answered {status.decode()}"
         if not request.envelope:
             return None
+        if protocol != b"HTTP/1.1":
+            return f"answered in {protocol.decode()}"
         answer = json.loads(body)
         if int(status) == 200:
             return None if isinstance(answer["text"], str) else "no text"

@@ -1,5 +1,6 @@
 """Hostile Wyoming streams, made from honest ones. Pure: the same generator in the same state makes the same bytes."""
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -119,13 +120,18 @@ def _events(rng: Random, pcm: bytes) -> list[Event]:
     return events
 
 
+def _nasty(rng: Random) -> Any:
+    """Of its own: a later mutation may change it."""
+    return copy.deepcopy(rng.choice(NASTY))
+
+
 # --- mutations of events, in place ---------------------------------------------------------------------------
 
 
 def _replace_field(rng: Random, drafts: list[_Draft]) -> None:
     draft = rng.choice(drafts)
     if isinstance(draft.data, dict) and draft.data:
-        draft.data[rng.choice(list(draft.data))] = rng.choice(NASTY)
+        draft.data[rng.choice(list(draft.data))] = _nasty(rng)
 
 
 def _add_field(rng: Random, drafts: list[_Draft]) -> None:
@@ -142,17 +148,17 @@ def _add_field(rng: Random, drafts: list[_Draft]) -> None:
             "width",
             "channels",
         )
-        draft.data[rng.choice(names)] = rng.choice(NASTY)
+        draft.data[rng.choice(names)] = _nasty(rng)
 
 
 def _replace_data(rng: Random, drafts: list[_Draft]) -> None:
     draft = rng.choice(drafts)
-    draft.data = rng.choice(NASTY)
+    draft.data = _nasty(rng)
     draft.inline = rng.random() < 0.5
 
 
 def _replace_type(rng: Random, drafts: list[_Draft]) -> None:
-    rng.choice(drafts).kind = rng.choice(NASTY)
+    rng.choice(drafts).kind = _nasty(rng)
 
 
 def _lie(rng: Random, drafts: list[_Draft]) -> None:

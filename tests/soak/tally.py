@@ -10,9 +10,13 @@ from tests.conftest import Server
 MAX_FAILURES = 20
 """Kept of one scenario: the first ones tell."""
 
-LOG_FAULTS = re.compile(r"^.*(?:Traceback|never retrieved|Unhandled exception)", re.MULTILINE)
+LOG_FAULTS = re.compile(
+    r"^(?:.*\n)?.*(?:Traceback|never retrieved|Unhandled exception).*\n(?:[ \t].*\n|\n)*(.*)", re.MULTILINE
+)
+"""A fault in the log: the line before it, what is indented under it, and in a group the line that ends it."""
+
 LOG_EXCERPT = 3000
-"""Characters of the log around a fault."""
+"""Characters of one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Tally:
     """Those that got neither a transcript nor an error."""
     failures: list[str] = field(default_factory=list)
     suppressed: int = 0
+    _logged: set[str] = field(default_factory=set)
 
     def fail(self, what: str) -> None:
         if len(self.failures) < MAX_FAILURES:
@@ -69,11 +74,13 @@ class Tally:
             self.fail(what)
 
     def read_log(self, server: Server, after: str = "") -> None:
-        """Look for faults in what the server has logged since the last time, and forget that."""
+        """Look for faults in what the server has logged since the last time, and forget that. Those that end alike
+        are told once."""
         log, server.log = server.log, ""
-        if found := LOG_FAULTS.search(log):
-            begin = max(0, found.start() - 300)
-            self.fail(f"the server logged a fault{after}:\n{log[begin : begin + LOG_EXCERPT]}")
+        for found in LOG_FAULTS.finditer(log):
+            if (end := found[1][:60]) not in self._logged:
+                self._logged.add(end)
+                self.fail(f"the server logged a fault{after}:\n{found[0][:LOG_EXCERPT]}")
 
     def add(self, other: "Tally") -> None:
         self.sessions += other.sessions

@@ -148,7 +148,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     except AsrError as error:
         _LOGGER.warning("%s %s: %s", request.method, request.path, error)
         response = _envelope(error.status, str(error), error.param, error.code)
-        if error.status in (429, 503):
+        if error.retryable and error.status in (429, 503):
             response.headers["Retry-After"] = "5"
     except ConnectionError:
         raise  # the client is gone

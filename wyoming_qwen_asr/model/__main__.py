@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from wyoming.event import Event
 from wyoming.event import write_event as write_now
 
-from ..errors import AsrError, CheckpointError
+from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError
 from ..events import (
     Failed,
     Message,
@@ -37,9 +37,6 @@ from . import log_to_stderr
 if TYPE_CHECKING:
     from .network import Network
     from .scheduler import Scheduler
-
-EXIT_CANNOT_LOAD = 3
-"""The checkpoint or the device cannot be used: starting the process again would not help."""
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["HOP", "MEL_BINS", "MIN_SAMPLES", "SAMPLE_RATE", "log_mel", "pad_short"]
+from ..audio import SAMPLE_RATE
 
-SAMPLE_RATE = 16_000  # Hz
+__all__ = ["HOP", "MEL_BINS", "MIN_SAMPLES", "log_mel", "pad_short"]
+
 MEL_BINS = 128
 HOP = 160  # samples per frame: 100 frames a second
 MIN_SAMPLES = SAMPLE_RATE // 2  # the model was not trained on less; shorter clips come back empty or invented

@@ -75,7 +75,7 @@ def _from_hub(repository: str, revision: str | None, cache: Path, tell: Callable
     """From our own cache or the user's Hugging Face cache, else downloaded into our own."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     snapshot = partial(snapshot_download, repository, revision=revision, allow_patterns=PATTERNS)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ..audio import SAMPLE_RATE
 from ..errors import BadRequest
 from .answer import Answer
 from .checkpoint import Checkpoint
 from .decoder import Cache, Decoder
 from .encoder import Encoder
-from .features import SAMPLE_RATE, log_mel, pad_short
+from .features import log_mel, pad_short
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -4,15 +4,17 @@ Home Assistant reads no TXT properties; it takes the address, asks `describe`, a
 the instance, which therefore stays the same across restarts and differs from every other server's.
 """
 
+import asyncio
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+    from zeroconf.asyncio import AsyncZeroconf
 
 SERVICE = "_wyoming._tcp.local."
 
@@ -29,7 +31,7 @@ class Discovery:
         self._host = host
         self._port = port
         self._zeroconf: AsyncZeroconf | None = None
-        self._info: AsyncServiceInfo | None = None
+        self._announcing: asyncio.Future[Any] | None = None
 
     async def register(self) -> None:
         from zeroconf import Error
@@ -41,55 +43,53 @@ class Discovery:
                 _LOGGER.warning("Not announced by zeroconf: %s cannot be reached from the network", self._host)
                 return
             self._zeroconf = AsyncZeroconf()
-            self._info = AsyncServiceInfo(
-                SERVICE, f"{self._instance}.{SERVICE}", port=self._port, parsed_addresses=addresses
-            )
-            await self._zeroconf.async_register_service(self._info, allow_name_change=True)
-            _LOGGER.info("Announced by zeroconf as %s at %s", self._info.name, ", ".join(addresses))
+            info = AsyncServiceInfo(SERVICE, f"{self._instance}.{SERVICE}", port=self._port, parsed_addresses=addresses)
+            announcing = await self._zeroconf.async_register_service(info, allow_name_change=True)
+            self._announcing = asyncio.ensure_future(announcing)
+            _LOGGER.info("Announced by zeroconf as %s at %s", info.name, ", ".join(addresses))
         except (OSError, Error) as error:
             _LOGGER.warning("Not announced by zeroconf: %s", error or type(error).__name__)
             await self.unregister()
 
     async def unregister(self) -> None:
-        if self._zeroconf:
-            if self._info:
-                await self._zeroconf.async_unregister_service(self._info)
-            await self._zeroconf.async_close()
-        self._zeroconf = self._info = None
+        """Say goodbye, so that nobody finds what is gone. Safe to call again."""
+        zeroconf, self._zeroconf = self._zeroconf, None
+        if self._announcing:
+            self._announcing.cancel()
+        if zeroconf:
+            try:
+                await zeroconf.async_close()
+            except OSError as error:
+                _LOGGER.warning("Zeroconf: %s", error)
 
 
 def _addresses(host: str) -> list[str]:
     """Addresses at which others reach a server bound to `host`. Home Assistant drops 0.0.0.0, so a wildcard stands for
     the address that multicast leaves from. Raises OSError when there is no network."""
-    if host in ("0.0.0.0", "::", ""):  # noqa: S104
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((_MDNS_GROUP, 5353))
-            found = [probe.getsockname()[0]]
-    else:
-        found = [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    addresses = [ipaddress.ip_address(address.partition("%")[0]) for address in dict.fromkeys(found)]
-    return [str(a) for a in addresses if not (a.is_loopback or a.is_link_local or a.is_unspecified)]
+    resolved = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = {ipaddress.ip_address(str(address[0]).partition("%")[0]): None for *_, address in resolved}
+    if any(address.is_unspecified for address in found):
+        found = {ipaddress.ip_address(_source_address()): None}
+    return [str(a) for a in found if not (a.is_loopback or a.is_link_local or a.is_unspecified)]
+
+
+def _source_address() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((_MDNS_GROUP, 5353))
+        return str(probe.getsockname()[0])
 
 
 def _machine_id(data_dir: Path) -> str:
-    """Eight hex digits that belong to this installation, kept in the data directory."""
+    """Eight hex digits that belong to this installation, kept in the data directory. Where they cannot be kept, the
+    host's name is at least stable."""
     path = data_dir / "instance-id"
     try:
-        return path.read_text().strip()[:8] or _new_id(path)
-    except FileNotFoundError:
-        return _new_id(path)
+        kept = path.read_bytes().strip() if path.exists() else b""
+        if not re.fullmatch(rb"[0-9a-f]{8}", kept):
+            kept = secrets.token_hex(4).encode()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(kept)
     except OSError as error:
-        _LOGGER.warning("No instance id: %s", error)
-        return socket.gethostname()[:20]
-
-
-def _new_id(path: Path) -> str:
-    """A fresh one. Where it cannot be kept, the host's name is at least stable."""
-    new = secrets.token_hex(4)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(new)
-    except OSError as error:
-        _LOGGER.warning("The data directory cannot be written, so the zeroconf name is the host's: %s", error)
-        return socket.gethostname()[:20]
-    return new
+        _LOGGER.warning("The data directory cannot be used, so the zeroconf name is the host's: %s", error)
+        return socket.gethostname()[:16]
+    return kept.decode()

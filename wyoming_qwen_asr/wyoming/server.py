@@ -78,7 +78,7 @@ class WyomingServer:
     async def serve_stdio(self) -> None:
         """One connection on stdin and stdout, until stdin ends."""
         reader, writer = await streams(sys.stdin.buffer, sys.stdout.buffer)
-        await _Connection(self, reader, writer, "stdio").run()
+        await self._serve(_Connection(self, reader, writer, "stdio"))
 
     async def close(self, seconds: float) -> None:
         """Take no new connections and wait so long for the utterances that are under way."""
@@ -101,6 +101,9 @@ class WyomingServer:
         if len(self._connections) >= MAX_CONNECTIONS:
             await connection.fail(Busy(f"{MAX_CONNECTIONS} connections are open already"))
             return
+        await self._serve(connection)
+
+    async def _serve(self, connection: "_Connection") -> None:
         self._connections.add(connection)
         try:
             await connection.run()
