@@ -4,12 +4,14 @@
 """
 
 import asyncio
+import errno
 import logging
 import os
+import re
 import sys
 
-from .errors import CheckpointError
-from .settings import SettingsError, load
+from .errors import EXIT_CANNOT_LOAD, CheckpointError
+from .settings import Settings, SettingsError, load
 
 
 def main() -> int:
@@ -29,11 +31,25 @@ def main() -> int:
         asyncio.run(Gateway(settings).run())
     except CheckpointError as error:
         print(f"wyoming-qwen-asr: {error}", file=sys.stderr)
-        return 3
+        return EXIT_CANNOT_LOAD
     except OSError as error:
-        print(f"wyoming-qwen-asr: {error.strerror or error}", file=sys.stderr)
+        print(f"wyoming-qwen-asr: cannot serve at {_places(settings)}: {_reason(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _places(settings: Settings) -> str:
+    return ", ".join([*settings.uri, *([f"http://{settings.http}"] if settings.http else [])])
+
+
+def _reason(error: OSError) -> str:
+    """What a user can do about it, where asyncio says "error while attempting to bind on address ('::1', 80)"."""
+    text = error.strerror or str(error)
+    if error.errno == errno.EADDRINUSE:
+        port = re.search(r"', (\d+)", text)
+        place = f"port {port[1]}" if port else "the address"
+        return f"{place} is used by another program, perhaps by another wyoming-qwen-asr; stop that, or choose another"
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from .hostile_wyoming import hostile_wyoming
 from .kills import kills
 from .long_audio import long_audio
 from .service import left_running
+from .stop import stop
 from .tally import CI, FULL, Scenario, Size, Tally
 from .vanish import vanish
 
@@ -25,6 +26,7 @@ SCENARIOS: dict[str, Scenario] = {
     "long": long_audio,
     "vanish": vanish,
     "evict": evict,
+    "stop": stop,
 }
 
 

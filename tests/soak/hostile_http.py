@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from tests.conftest import Server, load_recordings
 
-from .service import ANSWER_SECONDS, heard_alone, honest, rss, running, settled
+from .service import ANSWER_SECONDS, heard_alone, honest, model_processes, rss, running, settled
 from .tally import Size, Tally
 from .uploads import SERVED, Request, file, listed, mutated, post, wav
 
@@ -23,7 +23,7 @@ async def hostile_http(size: Size, rng: Random, tally: Tally) -> str:
     pcm = recordings[3].pcm
     async with running(tally) as server:
         texts = await heard_alone(server, recordings[3:4], tally)
-        before = rss(server.process.pid)
+        before, models = rss(server.process.pid), model_processes(server)
         requests = [*listed(pcm), *(mutated(rng, pcm) for _ in range(size.forms))]
         places = asyncio.Semaphore(AT_ONCE)
 
@@ -35,6 +35,7 @@ async def hostile_http(size: Size, rng: Random, tally: Tally) -> str:
         await asyncio.gather(*map(one, requests))
         await settled(server, tally)
         tally.sessions += len(requests)
+        tally.require(model_processes(server) == models, "the model process did not survive")
         growth = rss(server.process.pid) - before
         tally.require(growth < MAX_GROWTH, f"the gateway has grown by {growth:.1f} MB")
         await honest(server, pcm, texts[0], tally, "after hostile requests")

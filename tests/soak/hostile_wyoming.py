@@ -8,8 +8,8 @@ from random import Random
 from tests.conftest import Server, load_recordings
 from wyoming_qwen_asr.events import READER_LIMIT, BadEvent, read_event
 
-from .mutate import hostile
-from .service import heard_alone, honest, rss, running, settled
+from .mutate import KNOWN, hostile
+from .service import heard_alone, honest, model_processes, rss, running, settled
 from .tally import Size, Tally
 
 HOSTILE = 6
@@ -50,7 +50,7 @@ class _Run:
         while self.sent < end and not self._tally.lost:
             self.sent += 1
             number = self.sent
-            stream = hostile(self._rng, self._pcm)
+            stream = KNOWN[number - 1] if number <= len(KNOWN) else hostile(self._rng, self._pcm)
             how = self._rng.random()
             await self._stream(number, stream, how)
             if number % LOG_EVERY == 0:
@@ -108,6 +108,8 @@ async def hostile_wyoming(size: Size, rng: Random, tally: Tally) -> str:
         texts = await heard_alone(server, recordings, tally)
         run = _Run(server, rng, tally, recordings[3].pcm)
         await run.send(WARM_UP)
+        await settled(server, tally)
+        models = model_processes(server)
         before = rss(server.process.pid)
 
         async def listen() -> None:
@@ -127,6 +129,7 @@ async def hostile_wyoming(size: Size, rng: Random, tally: Tally) -> str:
         tally.sessions += run.sent
         await settled(server, tally)
         await honest(server, recordings[3].pcm, texts[3], tally, "after all hostile streams")
+        tally.require(model_processes(server) == models, "the model process did not survive")
         growth = rss(server.process.pid) - before
         tally.require(growth < MAX_GROWTH, f"the gateway has grown by {growth:.1f} MB")
     return (

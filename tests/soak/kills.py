@@ -6,11 +6,12 @@ from random import Random
 
 import psutil
 from wyoming.asr import Transcript
+from wyoming.error import Error
 
 from tests.conftest import Recording, Server, load_recordings, transcribe
 from wyoming_qwen_asr.settings import MAX_RESTARTS
 
-from .service import heard_alone, model_processes, running, say
+from .service import heard_alone, honest, model_processes, running, say
 from .tally import Size, Tally
 
 CLIENTS = 8
@@ -65,6 +66,21 @@ class _Run:
                         self._tally.require(deserved, f"an error too early: {where}: {answer.text}")
                     break
 
+    async def hopeless(self, pcm: bytes) -> None:
+        """An utterance over which one model process after another dies is refused, not tried for ever."""
+        before = self.kills
+        killer = asyncio.create_task(self.killer(0.1))
+        try:
+            async with self._server.client() as connection:
+                answer = await say(connection, pcm)
+        finally:
+            killer.cancel()
+            await asyncio.wait([killer])
+        died = self.kills - before
+        self._tally.require(isinstance(answer, Error), f"answered {answer} after {died} kills in a row")
+        # The next process may be there, and killed, before we hear that.
+        self._tally.require(died <= MAX_RESTARTS + 2, f"{died} model processes were given to one utterance")
+
     def _judge(self, heard: str, text: str, where: str) -> None:
         self.delivered += 1
         if heard != text:
@@ -89,8 +105,11 @@ async def kills(size: Size, rng: Random, tally: Tally) -> str:
         finally:
             killer.cancel()
             await asyncio.wait([killer])
+        await run.hopeless(recordings[3].pcm)
+        await honest(server, recordings[3].pcm, said[3][1], tally, "after all kills")
         died = server.log.count("The model process died")
     tally.faults += run.kills
+    # Two kills may hit one process.
     tally.require(died > 0.5 * run.kills, f"{run.kills} kills, and {died} deaths in the server's log")
     return (
         f"{run.kills} kills under {tally.utterances} utterances: {run.delivered} delivered, {tally.lost} lost, "

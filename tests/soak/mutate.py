@@ -47,6 +47,18 @@ JSON, and no text."""
 FIELDS = ("text", "name", "language", "context", "transcript_names", "transcript_terms", "rate", "width", "channels")
 """That the server looks at."""
 
+_ONE = (
+    b'{"type":"audio-chunk","data":{"rate":16000,"width":2,"channels":1},"payload_length":4}\nabcd'
+    b'{"type":"audio-stop"}\n'
+)
+
+KNOWN = (
+    b'{"type":"ping","data":{"text":"\\ud800"}}\n',
+    b'{"type":"transcribe","data":{"context":{"text":"\\ud800"}}}\n' + _ONE,
+    *[_ONE + _ONE + b"!\n"] * 20,
+)
+"""Streams that broke the server once: text that cannot be written on, and an end that came before its answer began."""
+
 LENGTHS: tuple[Any, ...] = (
     *(-1, 0, 1, 2, 100, MAX_DATA, MAX_DATA + 1, MAX_PAYLOAD, MAX_PAYLOAD + 1, 2**31, 2**32 + 1, 2**63, 10**30),
     *(1.0, 1e999, True, "12", [], {}, None),

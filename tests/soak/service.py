@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from random import Random
 from urllib.request import urlopen
 
@@ -30,28 +32,39 @@ SETTLE_SECONDS = 20.0
 FORM = (16000, 2, 1)
 CHUNK_BYTES = 2048
 
-MARK = f"SOAK={uuid.uuid4().hex}"
+MARK, RUN = "SOAK", uuid.uuid4().hex
 """In the environment of every process that this run starts."""
+
+MAX_FILES = 40
+"""Open in a gateway that serves nobody; it has about 15."""
 
 
 @contextlib.asynccontextmanager
 async def running(tally: Tally, *flags: str) -> AsyncIterator[Server]:
-    """The tests' server; a fault in its log is a failure of the scenario."""
-    name, _, value = MARK.partition("=")
-    async with serving(*flags, environ={**os.environ, name: value}) as server:
-        try:
-            yield server
-        finally:
-            tally.read_log(server)
+    """The tests' server. It is a failure of the scenario when it logs a fault, or keeps files open or lying about."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with serving(*flags, environ={**os.environ, MARK: RUN, "TMPDIR": folder}) as server:
+            try:
+                yield server
+                if server.running:
+                    gateway = psutil.Process(server.process.pid)
+                    closed = await eventually(lambda: gateway.num_fds() < MAX_FILES, SETTLE_SECONDS)
+                    tally.require(closed, f"the gateway keeps {gateway.num_fds()} files open")
+            finally:
+                tally.read_log(server)
+        tally.require(not _names(folder), f"temporary files are left: {_names(folder)}")
+
+
+def _names(folder: str) -> list[str]:
+    return [path.name for path in Path(folder).iterdir()]
 
 
 def left_running() -> list[psutil.Process]:
     """Processes with our mark, besides this one."""
-    name, _, value = MARK.partition("=")
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(name) == value:
+            if process.environ().get(MARK) == RUN:
                 found.append(process)
     return found
 

@@ -33,16 +33,13 @@ class Size:
     """Hostile Wyoming streams."""
     forms: int
     """Mutated uploads, besides those that are listed."""
-    long_seconds: int
     vanishing: int
     gaps: int
     """Utterances between which the model process may be evicted."""
 
 
-CI = Size(1, 240, kills=25, utterances=320, streams=20_000, forms=80, long_seconds=180, vanishing=200, gaps=30)
-FULL = Size(
-    20, 3600, kills=200, utterances=3000, streams=100_000, forms=500, long_seconds=590, vanishing=1000, gaps=200
-)
+CI = Size(1, 400, kills=21, utterances=310, streams=20_000, forms=150, vanishing=200, gaps=24)
+FULL = Size(20, 3600, kills=200, utterances=3000, streams=90_000, forms=500, vanishing=900, gaps=200)
 
 
 @dataclass

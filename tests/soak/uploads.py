@@ -236,7 +236,7 @@ def _headers(request: bytes, good: bytes) -> Iterator[Request]:
         "two hosts": [b"Host: other"],
     }.items():
         yield Request(name, changed(*lines), SERVED_OR_REFUSED, envelope=False)
-    yield Request("unknown expectation", changed(b"Expect: a miracle"))
+    yield Request("unknown expectation", changed(b"Expect: a miracle"), envelope=False)
     yield Request("expects 100-continue", changed(b"Expect: 100-continue"), SERVED)
     yield Request("upgrade", changed(b"Upgrade: websocket"), SERVED_OR_REFUSED)
     yield Request("body said to be gzip", changed(b"Content-Encoding: gzip"), SERVED_OR_REFUSED)

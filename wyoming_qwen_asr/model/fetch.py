@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from wyoming.event import write_event
 
-from ..errors import AsrError, CheckpointError, ModelUnavailable
+from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError, ModelUnavailable
 from ..events import Downloading, Failed, Located, Message, to_event
 from ..process import adopt
 from ..text import LANGUAGES
@@ -181,7 +181,7 @@ def main() -> int:
     except (AsrError, ImportError) as error:
         error = error if isinstance(error, AsrError) else CheckpointError(f"{error}: install the [local] extra")
         tell(Failed(error.code, str(error)))
-        return 3 if isinstance(error, CheckpointError) else 1
+        return EXIT_CANNOT_LOAD if isinstance(error, CheckpointError) else 1
     return 0
 
 

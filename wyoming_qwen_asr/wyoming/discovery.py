@@ -38,17 +38,23 @@ class Discovery:
         from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
         try:
-            addresses = _addresses(self._host)
+            addresses = await _addresses(self._host)
             if not addresses:
                 _LOGGER.warning("Not announced by zeroconf: %s cannot be reached from the network", self._host)
                 return
             self._zeroconf = AsyncZeroconf()
-            info = AsyncServiceInfo(SERVICE, f"{self._instance}.{SERVICE}", port=self._port, parsed_addresses=addresses)
+            info = AsyncServiceInfo(
+                SERVICE,
+                f"{self._instance}.{SERVICE}",
+                port=self._port,
+                parsed_addresses=addresses,
+                server=f"{secrets.token_hex(8)}.local.",  # else two of the same name would share their addresses
+            )
             announcing = await self._zeroconf.async_register_service(info, allow_name_change=True)
             self._announcing = asyncio.ensure_future(announcing)
             _LOGGER.info("Announced by zeroconf as %s at %s", info.name, ", ".join(addresses))
         except (OSError, Error) as error:
-            _LOGGER.warning("Not announced by zeroconf: %s", error or type(error).__name__)
+            _LOGGER.warning("Not announced by zeroconf: %s", str(error) or type(error).__name__)
             await self.unregister()
 
     async def unregister(self) -> None:
@@ -63,10 +69,10 @@ class Discovery:
                 _LOGGER.warning("Zeroconf: %s", error)
 
 
-def _addresses(host: str) -> list[str]:
+async def _addresses(host: str) -> list[str]:
     """Addresses at which others reach a server bound to `host`. Home Assistant drops 0.0.0.0, so a wildcard stands for
     the address that multicast leaves from. Raises OSError when there is no network."""
-    resolved = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    resolved = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     found = {ipaddress.ip_address(str(address[0]).partition("%")[0]): None for *_, address in resolved}
     if any(address.is_unspecified for address in found):
         found = {ipaddress.ip_address(_source_address()): None}
