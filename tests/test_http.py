@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from aiohttp import FormData
 
-from wyoming_qwen_asr.settings import MAX_UPLOAD_BYTES
+from wyoming_qwen_asr.limits import MAX_UPLOAD_BYTES
 
 from .conftest import Recording, Server, StartServer
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -164,10 +165,24 @@ QUIET = ("--model=demo", "--log-level=error")
 def test_a_port_that_is_taken(flags: tuple[str, ...], taken: int) -> None:
     code, said = line(*QUIET, *(flag.format(taken) for flag in flags))
     assert code == 1
-    assert said.startswith("cannot serve at tcp://127.0.0.1:")
-    assert said.endswith(
-        f"port {taken} is used by another program, perhaps by another wyoming-qwen-asr; stop that, or choose another"
+    assert re.fullmatch(
+        rf"cannot serve at (tcp|http)://127\.0\.0\.1:{taken}: it is used by another program,"
+        " perhaps by another wyoming-qwen-asr",
+        said,
     )
+
+
+def test_a_unix_socket_that_is_taken(tmp_path: Path) -> None:
+    """The program that serves there keeps it."""
+    path = tmp_path / "asr.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        code, said = line(*QUIET, f"--uri=unix://{path}", "--no-http")
+        assert (code, path.is_socket()) == (1, True)
+        assert said.endswith("perhaps by another wyoming-qwen-asr")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
 
 
 @pytest.mark.parametrize(

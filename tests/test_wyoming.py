@@ -18,8 +18,8 @@ from wyoming.ping import Ping, Pong
 
 from wyoming_qwen_asr import __version__
 from wyoming_qwen_asr.events import read_event, write_event
-from wyoming_qwen_asr.settings import MAX_CONNECTIONS, MAX_CONTEXT_CHARACTERS, MAX_SESSIONS
-from wyoming_qwen_asr.wyoming.server import _context
+from wyoming_qwen_asr.limits import MAX_CONNECTIONS, MAX_CONTEXT_CHARACTERS, MAX_SESSIONS
+from wyoming_qwen_asr.wyoming.connection import _context
 
 from .conftest import SECONDS, Recording, Server, StartServer, send_audio, transcribe, transcript_of
 

@@ -1,13 +1,17 @@
 """The gateway: the process that is always there. It accepts, translates, supervises, and never computes."""
 
 import asyncio
+import errno
 import logging
 import signal
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
 from .engine.engine import Engine
-from .settings import DRAIN_SECONDS, Settings
+from .limits import DRAIN_SECONDS
+from .settings import Settings
+from .wyoming.connection import Service
 from .wyoming.discovery import Discovery
 from .wyoming.server import WyomingServer
 
@@ -16,6 +20,12 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+class CannotServe(Exception):
+    """An address cannot be had: one line for the user, exit code 1."""
+
 
 class Gateway:
     """One run: start up, serve, drain."""
@@ -23,14 +33,14 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._engine = Engine(settings)
-        self._wyoming = WyomingServer(self._engine, settings.model, settings.language)
+        self._wyoming = WyomingServer(Service(self._engine, settings.model, settings.language))
         self._http: HttpServer | None = None
         self._discovery: Discovery | None = None
         self._stdio: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT, or the end of stdin when that is served.
-        Raises OSError when an address cannot be had, CheckpointError when the model cannot be used."""
+        Raises CannotServe, and CheckpointError when the model cannot be used."""
         stopped = asyncio.create_task(_signalled().wait())
         running: list[asyncio.Task[None]] = []
         try:
@@ -56,7 +66,7 @@ class Gateway:
             if uri == "stdio://":
                 self._stdio = asyncio.create_task(self._wyoming.serve_stdio())
                 continue
-            address = await self._wyoming.listen(uri)
+            address = await _opened(self._wyoming.listen(uri), uri)
             _LOGGER.info("Wyoming at %s", f"tcp://{address}" if address else uri)
             if address and settings.zeroconf and not self._discovery:
                 self._discovery = Discovery(settings.zeroconf, address.host, address.port, settings.data_dir)
@@ -64,7 +74,8 @@ class Gateway:
             from .http.server import HttpServer  # aiohttp is half of the gateway's memory
 
             self._http = HttpServer(self._engine, settings.model, settings.language)
-            _LOGGER.info("OpenAI-compatible API at http://%s/v1", await self._http.listen(settings.http))
+            address = await _opened(self._http.listen(settings.http), f"http://{settings.http}")
+            _LOGGER.info("OpenAI-compatible API at http://%s/v1", address)
 
     async def _drain(self) -> None:
         """Be found no more, accept no more, let what is in flight come to its end."""
@@ -75,6 +86,17 @@ class Gateway:
         if self._http:
             closing.append(self._http.close())
         await asyncio.gather(*closing)
+
+
+async def _opened(opening: Awaitable[T], place: str) -> T:
+    """The result of listening at a place. Raises CannotServe, with what the user can do about it."""
+    try:
+        return await opening
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "it is used by another program, perhaps by another wyoming-qwen-asr"
+        raise CannotServe(f"cannot serve at {place}: {reason}") from None
 
 
 def _signalled() -> asyncio.Event:

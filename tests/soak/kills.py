@@ -9,7 +9,7 @@ from wyoming.asr import Transcript
 from wyoming.error import Error
 
 from tests.conftest import Recording, Server, load_recordings, transcribe
-from wyoming_qwen_asr.settings import MAX_RESTARTS
+from wyoming_qwen_asr.limits import MAX_RESTARTS
 
 from .service import heard_alone, honest, model_processes, running, say
 from .tally import Size, Tally

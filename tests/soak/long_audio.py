@@ -8,7 +8,7 @@ from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 
 from tests.conftest import load_recordings
-from wyoming_qwen_asr.settings import MAX_UTTERANCE_SECONDS
+from wyoming_qwen_asr.limits import MAX_UTTERANCE_SECONDS
 
 from .service import FORM, honest, model_processes, next_event, rss, running, settled
 from .tally import Size, Tally

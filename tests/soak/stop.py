@@ -9,7 +9,7 @@ from wyoming.audio import AudioChunk, AudioStart
 from wyoming.error import Error
 
 from tests.conftest import load_recordings, send_audio
-from wyoming_qwen_asr.settings import DRAIN_SECONDS
+from wyoming_qwen_asr.limits import DRAIN_SECONDS
 
 from .service import FORM, honest, model_processes, next_event, running
 from .tally import Size, Tally

@@ -6,8 +6,9 @@ from itertools import count
 
 from ..errors import Busy, ModelUnavailable, TimedOut
 from ..events import WRITE_SECONDS, BadEvent, Failed, Final, Located, Message, Ready, SessionCancel, from_event
+from ..limits import LOAD_SECONDS, MAX_SESSIONS
 from ..process import Child
-from ..settings import LOAD_SECONDS, MAX_SESSIONS, Settings
+from ..settings import Settings
 from .files import ModelFiles
 from .session import Session, SessionOptions
 

@@ -35,7 +35,7 @@ from ..events import (
     SpeechStarted,
     SpeechStopped,
 )
-from ..settings import FINAL_SECONDS, LOAD_SECONDS, MAX_RESTARTS, MAX_RETAINED_BYTES, MAX_UTTERANCE_SECONDS
+from ..limits import FINAL_SECONDS, LOAD_SECONDS, MAX_RESTARTS, MAX_RETAINED_BYTES, MAX_UTTERANCE_SECONDS
 from ..text import join
 
 MAX_RESULTS = 1024

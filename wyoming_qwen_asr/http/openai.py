@@ -15,8 +15,8 @@ from ..engine.engine import Engine
 from ..engine.session import Session, SessionOptions
 from ..errors import AsrError, BadAudio, BadRequest, TooLarge, by_code
 from ..events import Failed, Final, SessionAudio, from_event
+from ..limits import MAX_CONTEXT_CHARACTERS, MAX_UPLOAD_BYTES
 from ..process import Child
-from ..settings import MAX_CONTEXT_CHARACTERS, MAX_UPLOAD_BYTES
 from ..text import language_name
 
 MAX_FIELD_BYTES = 16 * 1024

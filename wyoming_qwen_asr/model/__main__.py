@@ -31,8 +31,8 @@ from ..events import (
     to_event,
     write_event,
 )
+from ..logs import log_to_stderr
 from ..process import adopt, connect
-from . import log_to_stderr
 
 if TYPE_CHECKING:
     from .network import Network

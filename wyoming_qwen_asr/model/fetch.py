@@ -20,9 +20,9 @@ from wyoming.event import write_event
 
 from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError, ModelUnavailable
 from ..events import Downloading, Failed, Located, Message, to_event
+from ..logs import log_to_stderr
 from ..process import adopt
 from ..text import LANGUAGES
-from . import log_to_stderr
 from .hardware import pick_model
 
 if TYPE_CHECKING:
