@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 from wyoming.asr import Transcribe, Transcript
@@ -198,6 +199,12 @@ async def transcribe(server: Server, pcm: bytes, language: str | None = None) ->
     async with server.client() as client:
         await send_audio(client, pcm, request=Transcribe(language=language).event())
         return await transcript_of(client)
+
+
+async def open_sessions(server: Server) -> int:
+    """As /health tells it."""
+    async with aiohttp.ClientSession() as http, http.get(f"{server.http}/health") as response:
+        return int((await response.json())["sessions"])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

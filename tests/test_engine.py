@@ -14,7 +14,17 @@ from wyoming.asr import Transcribe
 from wyoming.audio import AudioChunk, AudioStop
 from wyoming.error import Error
 
-from .conftest import DEMO, SECONDS, Recording, StartServer, send_audio, transcribe, transcript_of, wait_until
+from .conftest import (
+    DEMO,
+    SECONDS,
+    Recording,
+    StartServer,
+    open_sessions,
+    send_audio,
+    transcribe,
+    transcript_of,
+    wait_until,
+)
 
 MODULE = "wyoming_qwen_asr.model"
 
@@ -125,8 +135,8 @@ async def test_a_client_that_leaves_costs_nothing(start_server: StartServer, cle
             if end:
                 await client.write_event(AudioStop().event())
     assert (await transcribe(server, clear[1].pcm)).text == clear[1].text
-    async with asyncio.timeout(SECONDS), aiohttp.ClientSession() as http:
-        while (await (await http.get(f"{server.http}/health")).json())["sessions"]:
+    async with asyncio.timeout(SECONDS):
+        while await open_sessions(server):
             await asyncio.sleep(0.1)
 
 
@@ -148,6 +158,71 @@ async def test_sigterm_finishes_what_is_in_flight(start_server: StartServer, cle
         assert await server.process.wait() == 0
 
 
+async def test_sigterm_waits_for_nobody_who_is_silent(start_server: StartServer, clear: list[Recording]) -> None:
+    """A connection that has had its transcript is closed at once."""
+    server = await start_server("--no-http")
+    async with server.client() as client:
+        await send_audio(client, clear[0].pcm)
+        await transcript_of(client)
+        server.process.terminate()
+        async with asyncio.timeout(10):
+            assert await client.read_event() is None
+            assert await server.process.wait() == 0
+
+
+async def test_what_does_not_come_to_its_end_is_told(start_server: StartServer, clear: list[Recording]) -> None:
+    """After SIGTERM an utterance has twenty seconds, then its client gets an error."""
+    server = await start_server("--no-http")
+    async with server.client() as client:
+        await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+        await server.logged("Model ready")
+        server.process.terminate()
+        event = await asyncio.wait_for(client.read_event(), SECONDS)
+        assert event is not None
+        assert Error.from_event(event).code == "timeout"
+    async with asyncio.timeout(SECONDS):
+        assert await server.process.wait() == 0
+
+
+async def test_an_evicted_process_that_does_not_leave(start_server: StartServer, clear: list[Recording]) -> None:
+    """It is killed, and the next utterance gets a new one."""
+    server = await start_server("--idle-seconds=1", "--no-http")
+    await transcribe(server, clear[0].pcm)
+    server.model_process().send_signal(signal.SIGSTOP)
+    await server.logged("ending the model process")
+    assert (await transcribe(server, clear[1].pcm)).text == clear[1].text
+
+
+async def test_audio_before_a_model_that_cannot_be_used(start_server: StartServer, tmp_path: Path) -> None:
+    """The client that was first is told, not only the log."""
+    server = await start_server(f"--model={tmp_path / 'none'}", "--no-http")
+    server.expected_code = 3
+    async with server.client() as client:
+        await client.write_event(AudioChunk(16000, 2, 1, bytes(32000)).event())
+        event = await asyncio.wait_for(client.read_event(), SECONDS)
+        assert event is not None
+        assert Error.from_event(event).code == "model-unavailable"
+    async with asyncio.timeout(SECONDS):
+        await server.process.wait()
+
+
+async def test_no_process_to_be_had(start_server: StartServer, clear: list[Recording]) -> None:
+    """Where the machine has no room for another process, the client is told, and the gateway lives."""
+    server = await start_server("--no-http")
+    await transcribe(server, clear[0].pcm)
+    limits = psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+    psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE, (12, limits[1]))
+    server.model_process().kill()
+    await server.logged("died")
+    async with server.client() as client:
+        await send_audio(client, clear[0].pcm)
+        event = await asyncio.wait_for(client.read_event(), SECONDS)
+        assert event is not None
+        assert Error.from_event(event).code == "busy"
+    psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE, limits)
+    assert (await transcribe(server, clear[1].pcm)).text == clear[1].text
+
+
 async def test_the_second_signal_ends_at_once(start_server: StartServer, clear: list[Recording]) -> None:
     server = await start_server("--no-http")
     async with server.client() as client:
@@ -157,7 +232,7 @@ async def test_the_second_signal_ends_at_once(start_server: StartServer, clear: 
         server.process.terminate()
         await server.logged("Stopping")
         server.process.terminate()
-        server.expected_code = -signal.SIGTERM
+        server.expected_code = 128 + signal.SIGTERM
         async with asyncio.timeout(5):
             await server.process.wait()
         await asyncio.to_thread(psutil.wait_procs, [process], 5)

@@ -14,7 +14,7 @@ from aiohttp import FormData
 
 from wyoming_qwen_asr.limits import MAX_UPLOAD_BYTES
 
-from .conftest import Recording, Server, StartServer
+from .conftest import Recording, Server, StartServer, open_sessions
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,12 @@ async def test_text(client: openai.AsyncOpenAI, clear: list[Recording]) -> None:
         file=clear[0].path, model="any", response_format="text", language="en", temperature=0
     )
     assert text == clear[0].text + "\n"
+    assert (
+        await client.audio.transcriptions.create(
+            file=clear[0].path, model="any", response_format="text", language="auto"
+        )
+        == text
+    )
 
 
 async def test_language_and_prompt(client: openai.AsyncOpenAI, clear: list[Recording]) -> None:
@@ -141,6 +147,54 @@ async def test_requests_that_are_none(server: Server) -> None:
                 assert response.status == status, await response.text()
                 assert (await response.json())["error"]["message"]
                 assert response.headers["x-request-id"]
+
+
+async def test_a_small_file_of_long_audio(server: Server) -> None:
+    """Eleven minutes of silence in a few kilobytes: refused by its length, not by its size."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(11 * 60 * 8000), 8000, format="FLAC", subtype="PCM_16")
+    form = FormData()
+    form.add_field("file", file.getvalue(), filename="a.flac")
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(f"{server.http}/v1/audio/transcriptions", data=form) as response,
+    ):
+        assert response.status == 413
+        assert (await response.json())["error"]["code"] == "too-large"
+
+
+async def test_forms_are_bounded(server: Server) -> None:
+    """Many small fields, or many files, are a large form."""
+    url = f"{server.http}/v1/audio/transcriptions"
+    many = FormData(default_to_multipart=True)
+    for number in range(100):
+        many.add_field(f"field{number}", "x")
+    two = FormData(default_to_multipart=True)
+    for _ in range(2):
+        two.add_field("file", b"x", filename="a.wav")
+    async with aiohttp.ClientSession() as http:
+        for form, status in ((many, 413), (two, 400)):
+            async with http.post(url, data=form) as response:
+                assert response.status == status
+
+
+async def test_a_client_that_leaves(server: Server, clear: list[Recording]) -> None:
+    """In mid-upload and while it waits: its session is closed."""
+    pcm = b"".join(recording.pcm for recording in clear) * 10
+    long = encoded(Recording(Path(), "", "en", pcm), "WAV")
+    form = FormData()
+    form.add_field("file", io.BytesIO(long), filename="a.wav")
+    with pytest.raises(TimeoutError):
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(1)) as http:
+            await http.post(f"{server.http}/v1/audio/transcriptions", data=form)
+    _, writer = await asyncio.open_connection(*server.http.removeprefix("http://").split(":"))
+    writer.write(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n")
+    writer.write(b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n")
+    await writer.drain()
+    writer.transport.abort()
+    async with asyncio.timeout(10):
+        while await open_sessions(server):
+            await asyncio.sleep(0.1)
 
 
 async def test_too_large(server: Server, clear: list[Recording]) -> None:

@@ -378,3 +378,9 @@ def test_any_file_gives_settings_or_a_line(tmp_path_factory: pytest.TempPathFact
     file.write_text(content, "utf-8", "surrogatepass")
     assert settings_or_line([f"--config={file}"], {})
     assert settings_or_line([], {}, file)
+
+
+def test_what_kubernetes_adds_to_the_environment_is_not_ours() -> None:
+    """It names variables after its Services, and one may well be called qwen-asr."""
+    environ = {"QWEN_ASR_SERVICE_HOST": "10.0.0.1", "QWEN_ASR_PORT": "tcp://10.0.0.1:1", "QWEN_ASR_PORT_1_TCP": "x"}
+    assert load([], environ) == load([], {})

@@ -1,6 +1,8 @@
 """The Wyoming server as its clients see it: a real server process, a real model process, the stock client."""
 
 import asyncio
+import errno
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +19,13 @@ from wyoming.info import AsrModel, Describe, Info
 from wyoming.ping import Ping, Pong
 
 from wyoming_qwen_asr import __version__
+from wyoming_qwen_asr.engine.engine import Engine
 from wyoming_qwen_asr.events import read_event, write_event
 from wyoming_qwen_asr.limits import MAX_CONNECTIONS, MAX_CONTEXT_CHARACTERS, MAX_SESSIONS
-from wyoming_qwen_asr.wyoming.connection import _context
+from wyoming_qwen_asr.settings import load
+from wyoming_qwen_asr.wyoming.connection import Connection, _context
 
-from .conftest import SECONDS, Recording, Server, StartServer, send_audio, transcribe, transcript_of
+from .conftest import SECONDS, Recording, Server, StartServer, open_sessions, send_audio, transcribe, transcript_of
 
 
 async def next_event(client: AsyncClient) -> Event | None:
@@ -253,6 +257,43 @@ async def test_a_client_may_close_its_half(server: Server, clear: list[Recording
         assert await next_event(client) is None
 
 
+async def test_an_utterance_that_begins_anew(server: Server, clear: list[Recording]) -> None:
+    """A second `audio-start` gives up what came after the first."""
+    async with server.client() as client:
+        await client.write_event(AudioStart(48000, 2, 2).event())
+        await client.write_event(AudioChunk(48000, 2, 2, clear[1].pcm[:40000]).event())
+        await send_audio(client, clear[0].pcm)
+        assert (await transcript_of(client)).text == clear[0].text
+
+
+async def test_a_session_is_closed_whatever_ends_the_connection(server: Server, clear: list[Recording]) -> None:
+    """An utterance behind another one, then garbage and the end of the stream, all at once."""
+    for _ in range(3):
+        async with server.client() as client:
+            await send_audio(client, clear[0].pcm)
+            await send_audio(client, clear[1].pcm)
+            assert client._writer is not None
+            client._writer.write(b"junk\n")
+            client._writer.write_eof()
+            while await next_event(client):
+                pass
+    async with asyncio.timeout(SECONDS):
+        while await open_sessions(server):
+            await asyncio.sleep(0.1)
+
+
+async def test_a_client_that_cannot_be_reached() -> None:
+    """The kernel's ETIMEDOUT is Python's TimeoutError too; it ends the connection, also in mid-utterance."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        reader, writer = await asyncio.open_connection(sock=ours)
+        connection = Connection(Engine(load([], {})), reader, writer, "gone")
+        connection._answer = asyncio.create_task(asyncio.sleep(SECONDS))
+        reader.set_exception(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+        async with asyncio.timeout(5):
+            await connection.run()
+
+
 async def test_sessions_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
     """The one too many is told so; the others are served; a place that becomes free is given."""
     server = await start_server("--no-http")
@@ -304,13 +345,19 @@ async def test_unix_socket(start_server: StartServer, clear: list[Recording], tm
     assert not path.exists()
 
 
+async def stdio(stdin: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
+    """A server whose client is its parent."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "wyoming_qwen_asr", "--uri=stdio://", "--no-http", "--model=demo", "--dtype=float32"),
+        stdin=stdin,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
 async def test_stdio(clear: list[Recording]) -> None:
     """Any program can start the server as its child; it leaves, its work done, when its stdin ends."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "wyoming_qwen_asr", "--uri=stdio://", "--no-http", "--model=demo", "--dtype=float32"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
+    process = await stdio()
     assert process.stdin is not None
     assert process.stdout is not None
     await write_event(process.stdin, AudioChunk(16000, 2, 1, clear[0].pcm).event())
@@ -322,3 +369,24 @@ async def test_stdio(clear: list[Recording]) -> None:
         assert event.data["text"] == clear[0].text
         assert await process.stdout.read() == b""
         assert await process.wait() == 0
+
+
+async def test_stdio_is_left_on_sigterm() -> None:
+    """At once, although stdin is open."""
+    process = await stdio()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    await write_event(process.stdin, Describe().event())
+    assert await read_event(process.stdout) is not None
+    process.terminate()
+    async with asyncio.timeout(10):
+        _, log = await process.communicate()
+    assert process.returncode == 0
+    assert b"Traceback" not in log
+
+
+async def test_stdio_that_is_no_pipe() -> None:
+    process = await stdio(asyncio.subprocess.DEVNULL)
+    _, log = await asyncio.wait_for(process.communicate(), SECONDS)
+    assert process.returncode == 1
+    assert log.splitlines()[-1] == (b"wyoming-qwen-asr: cannot serve at stdio://: it is neither a pipe nor a terminal")

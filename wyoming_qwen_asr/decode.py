@@ -1,10 +1,11 @@
 """`python -m wyoming_qwen_asr.decode FILE`: an audio file of any kind libsndfile reads → PCM, in a process to lose.
 
 Files come from strangers and parsers have bugs, so neither the gateway nor the process with the weights reads them.
-Says `SessionAudio` events with 16 kHz mono 16-bit PCM, or `Failed`.
+Says `SessionAudio` events with 16 kHz mono 16-bit PCM, at the end `SessionEnd`, or else `Failed`.
 """
 
 import argparse
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from wyoming.event import write_event
 
 from .audio import SAMPLE_RATE
-from .errors import AsrError, BadAudio
-from .events import Failed, SessionAudio, to_event
+from .errors import AsrError, BadAudio, ModelUnavailable
+from .events import Failed, SessionAudio, SessionEnd, to_event
 from .process import adopt
 
 CPU_SECONDS = 60
@@ -32,23 +33,29 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; it would reserve 41 MB of addresses for each CPU
     parser = argparse.ArgumentParser()
     parser.add_argument("file")
     try:
         for pcm in _decode(parser.parse_args().file):
             for at in range(0, len(pcm), CHUNK_BYTES):
                 write_event(to_event(SessionAudio(), payload=pcm[at : at + CHUNK_BYTES]), out)
+        write_event(to_event(SessionEnd()), out)
     except AsrError as error:
         write_event(to_event(Failed(error.code, str(error))), out)
-        return 1
+    except BrokenPipeError:
+        pass  # enough was heard
     return 0
 
 
 def _decode(path: str) -> Iterator[bytes]:
-    """PCM blocks. Raises BadAudio."""
-    import numpy as np
-    import soundfile
-    import soxr
+    """PCM blocks. Raises BadAudio, ModelUnavailable."""
+    try:
+        import numpy as np
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise ModelUnavailable(f"{error}: install the [local] extra") from None
 
     try:
         with soundfile.SoundFile(path) as file:

@@ -117,6 +117,8 @@ class SessionStart:
     language: str | None
     hint: Hint
     context: str
+    heard: str | None = None
+    """The language of the segments before, as a Qwen name, when this is a replay."""
     offset: float = 0.0
     """Seconds of the session that came before this audio (a replay starts late)."""
 

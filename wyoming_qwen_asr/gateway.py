@@ -3,15 +3,17 @@
 import asyncio
 import errno
 import logging
+import os
 import signal
+import sys
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
 from .engine.engine import Engine
 from .limits import DRAIN_SECONDS
+from .process import streams
 from .settings import Settings
-from .wyoming.connection import Service
 from .wyoming.discovery import Discovery
 from .wyoming.server import WyomingServer
 
@@ -33,9 +35,10 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._engine = Engine(settings)
-        self._wyoming = WyomingServer(Service(self._engine, settings.model, settings.language))
+        self._wyoming = WyomingServer(self._engine)
         self._http: HttpServer | None = None
         self._discovery: Discovery | None = None
+        self._announcing: asyncio.Task[None] | None = None
         self._stdio: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -47,7 +50,7 @@ class Gateway:
             await self._listen()
             running = [asyncio.create_task(self._engine.run()), *([self._stdio] if self._stdio else [])]
             if self._discovery:
-                await self._discovery.register()
+                self._announcing = asyncio.create_task(self._discovery.register())
             await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
             for task in running:
                 if task.done():
@@ -64,7 +67,8 @@ class Gateway:
         _LOGGER.info("wyoming-qwen-asr %s, model %s", __version__, settings.model)
         for uri in settings.uri:
             if uri == "stdio://":
-                self._stdio = asyncio.create_task(self._wyoming.serve_stdio())
+                pipes = await _opened(streams(sys.stdin.buffer, sys.stdout.buffer), uri)
+                self._stdio = asyncio.create_task(self._wyoming.serve_stdio(*pipes))
                 continue
             address = await _opened(self._wyoming.listen(uri), uri)
             _LOGGER.info("Wyoming at %s", f"tcp://{address}" if address else uri)
@@ -73,14 +77,16 @@ class Gateway:
         if settings.http:
             from .http.server import HttpServer  # aiohttp is half of the gateway's memory
 
-            self._http = HttpServer(self._engine, settings.model, settings.language)
+            self._http = HttpServer(self._engine)
             address = await _opened(self._http.listen(settings.http), f"http://{settings.http}")
             _LOGGER.info("OpenAI-compatible API at http://%s/v1", address)
 
     async def _drain(self) -> None:
         """Be found no more, accept no more, let what is in flight come to its end."""
         _LOGGER.info("Stopping")
-        if self._discovery:
+        if self._discovery and self._announcing:
+            self._announcing.cancel()
+            await asyncio.wait([self._announcing])
             await self._discovery.unregister()
         closing = [self._wyoming.close(DRAIN_SECONDS)]
         if self._http:
@@ -92,24 +98,26 @@ async def _opened(opening: Awaitable[T], place: str) -> T:
     """The result of listening at a place. Raises CannotServe, with what the user can do about it."""
     try:
         return await opening
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             reason = "it is used by another program, perhaps by another wyoming-qwen-asr"
         raise CannotServe(f"cannot serve at {place}: {reason}") from None
 
 
 def _signalled() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT. The second one ends the process as if nobody caught it."""
+    """Set by the first SIGTERM or SIGINT. The second one ends the process at once, also where it is init, which the
+    kernel protects from signals that nobody handles."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def caught() -> None:
+    def caught(number: int) -> None:
+        if event.is_set():
+            os._exit(128 + number)
         event.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, caught)
+        loop.add_signal_handler(number, caught, number)
     return event

@@ -9,6 +9,9 @@ MAX_SESSIONS = 16
 MAX_UTTERANCE_SECONDS = 600.0
 """Of one session. Home Assistant ends a command after 15 s, a dictation rarely lasts ten minutes."""
 
+OPEN_SECONDS = 2 * MAX_UTTERANCE_SECONDS
+"""From the first audio of a session to its end: who sends slower than half real time never comes to one."""
+
 MAX_RETAINED_BYTES = 32 * 1024 * 1024
 """Audio of one session that the model has not finished with; ten minutes of 16 kHz mono are 19 MB."""
 

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from wyoming.event import Event
 
+from .errors import Busy
 from .events import READER_LIMIT, WRITE_SECONDS, Message, read_event, to_event, write_event
 
 STOP_SECONDS = 2.0
@@ -36,19 +38,19 @@ class Child:
 
     @classmethod
     async def spawn(cls, module: str, *args: str) -> "Child":
-        """Start it, from the main thread: PR_SET_PDEATHSIG fires when the spawning *thread* ends."""
-        return cls(
-            await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                *args,
+        """Start it, from the main thread: PR_SET_PDEATHSIG fires when the spawning *thread* ends.
+        Raises Busy when the machine has no room for another process."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", module, *args),  # -P: no imports from the working directory
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is the parent's to handle; and one group to kill
                 limit=READER_LIMIT,
             )
-        )
+        except OSError as error:
+            raise Busy(f"no process can be started: {error.strerror}") from None
+        return cls(process)
 
     @property
     def pid(self) -> int:
@@ -85,12 +87,19 @@ class Child:
         self.close_stdin()
         try:
             async with asyncio.timeout(STOP_SECONDS):
-                await self._process.wait()
+                await self._ended()
         except TimeoutError:
             pass
-        finally:  # also when cancelled
+        finally:  # also when cancelled; a killed process ends in milliseconds
             self.kill()
+            await self._ended()
         return await self._process.wait()
+
+    async def _ended(self) -> None:
+        """asyncio learns of a process's end only once all it has said is read."""
+        while await self._stdout.read(READER_LIMIT):
+            pass
+        await self._process.wait()
 
 
 def adopt() -> BinaryIO:
@@ -113,7 +122,11 @@ async def connect(out: BinaryIO) -> tuple[asyncio.StreamReader, asyncio.StreamWr
 
 
 async def streams(source: BinaryIO, sink: BinaryIO) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Asyncio's reader and writer on two pipe files."""
+    """Asyncio's reader and writer on two pipe files. Raises ValueError for files of another kind."""
+    for file in (source, sink):
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or file.isatty()):
+            raise ValueError("it is neither a pipe nor a terminal")
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=READER_LIMIT)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)

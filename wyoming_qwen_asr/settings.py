@@ -27,6 +27,9 @@ OPTIONS_JSON = Path("/data/options.json")
 
 _PREFIX = "QWEN_ASR_"
 
+_OF_KUBERNETES = re.compile(_PREFIX + r"(SERVICE|PORT)(_.*)?")
+"""What Kubernetes puts into the environment of every container when there is a Service named qwen-asr."""
+
 
 class SettingsError(ValueError):
     """An unknown key or a bad value: one line for the user, exit code 2."""
@@ -200,7 +203,11 @@ def load(argv: Sequence[str], environ: Mapping[str, str], options_json: Path = O
     flags = vars(_parser().parse_args(argv))
     if flags.pop("no_http", False):
         flags["http"] = False
-    variables = {k.removeprefix(_PREFIX).lower(): v for k, v in environ.items() if k.startswith(_PREFIX)}
+    variables = {
+        name.removeprefix(_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(_PREFIX) and not _OF_KUBERNETES.fullmatch(name)
+    }
     configs = flags.pop("config", None), variables.pop("config", None)
     config = configs[0] or configs[1]
 

@@ -64,9 +64,10 @@ async def main() -> int:
     for round_ in range(size.rounds):
         for name in args.scenarios or SCENARIOS:
             total.add(await scenario(name, size, f"{args.seed} {round_} {name}"))
-    if left := left_running():
-        total.fail(f"left running: {left}")
+    for process in left_running():
+        total.failures.append(f"left running: {process}")
         print(total.failures[-1])
+        process.kill()
     print(total)
     return 1 if total.failures else 0
 

@@ -11,7 +11,7 @@ from wyoming.error import Error
 from tests.conftest import Recording, Server, load_recordings, transcribe
 from wyoming_qwen_asr.limits import MAX_RESTARTS
 
-from .service import heard_alone, honest, model_processes, running, say
+from .service import SETTLE_SECONDS, eventually, heard_alone, honest, model_processes, running, say
 from .tally import Size, Tally
 
 CLIENTS = 8
@@ -69,8 +69,10 @@ class _Run:
     async def hopeless(self, pcm: bytes) -> None:
         """An utterance over which one model process after another dies is refused, not tried for ever."""
         before = self.kills
-        killer = asyncio.create_task(self.killer(0.1))
+        killer = asyncio.create_task(self.killer(0.1))  # far sooner than any of them has loaded
         try:
+            await eventually(lambda: self.kills > before, SETTLE_SECONDS)  # the one that is there
+            before = self.kills
             async with self._server.client() as connection:
                 answer = await say(connection, pcm)
         finally:

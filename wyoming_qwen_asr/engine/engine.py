@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 from itertools import count
 
-from ..errors import Busy, ModelUnavailable, TimedOut
+from ..errors import AsrError, Busy, ModelUnavailable, TimedOut
 from ..events import WRITE_SECONDS, BadEvent, Failed, Final, Located, Message, Ready, SessionCancel, from_event
-from ..limits import LOAD_SECONDS, MAX_SESSIONS
-from ..process import Child
+from ..limits import FINAL_SECONDS, LOAD_SECONDS, MAX_SESSIONS
+from ..process import STOP_SECONDS, Child
 from ..settings import Settings
 from .files import ModelFiles
 from .session import Session, SessionOptions
@@ -23,15 +24,21 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._files = ModelFiles(settings)
+        self._files = ModelFiles(settings, self._fail_all)
         self._sessions: dict[int, Session] = {}
         self._numbers = count(1)
         self._wake = asyncio.Event()
         self._cancelled: list[int] = []  # sessions the model process has yet to be told to forget
         self._child: Child | None = None
         self._ready = False
+        self._heard = 0.0  # when the model process said something, by the loop's clock
         self._faults = 0  # in a row
         self._idle: asyncio.TimerHandle | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name; until the checkpoint is found, what the setting says."""
+        return self._files.located.name if self._files.located else self._settings.model
 
     @property
     def model(self) -> Located | None:
@@ -63,7 +70,8 @@ class Engine:
             raise Busy(f"{MAX_SESSIONS} sessions are open already")
         self._files.check()
         number = next(self._numbers)
-        session = Session(number, options, self._settings.language_hint, self._wake.set, self._closed)
+        options = replace(options, language=options.language or self._settings.language)
+        session = Session(number, options, self._settings.language_hint, self._wake.set, self._overdue, self._closed)
         self._sessions[number] = session
         if self._idle:
             self._idle.cancel()
@@ -73,8 +81,7 @@ class Engine:
     def _closed(self, session: Session) -> None:
         if not self._sessions.pop(session.number, None):
             return
-        if not session.finished:
-            self._cancelled.append(session.number)
+        self._cancelled.append(session.number)
         self._wake.set()
         if not self._sessions and self._settings.idle_seconds:
             loop = asyncio.get_running_loop()
@@ -84,6 +91,18 @@ class Engine:
         if self._child and not self._sessions:
             _LOGGER.info("Nobody has spoken for %d s: ending the model process", self._settings.idle_seconds)
             self._child.close_stdin()
+            asyncio.get_running_loop().call_later(STOP_SECONDS, self._child.kill)
+
+    def _overdue(self, session: Session) -> None:
+        """A session's time is up. If the model process has been silent all the while, it hangs."""
+        session.fail(TimedOut("no transcript in time"))
+        if self._child and asyncio.get_running_loop().time() - self._heard > FINAL_SECONDS:
+            _LOGGER.error("The model process has said nothing for %.0f s: it hangs", FINAL_SECONDS)
+            self._child.kill()
+
+    def _fail_all(self, error: AsrError) -> None:
+        for session in self._sessions.values():
+            session.fail(error)
 
     async def run(self) -> None:
         """Find the checkpoint, then run one model process after another, until cancelled.
@@ -100,19 +119,27 @@ class Engine:
     async def _live(self, located: Located) -> None:
         """One model process, from its start to its end."""
         settings = self._settings
-        child = self._child = await Child.spawn(
-            "wyoming_qwen_asr.model",
-            *(f"--model={located.path}", f"--name={located.name}", f"--device={settings.device}"),
-            *(f"--dtype={settings.dtype}", f"--threads={settings.threads}", f"--log-level={settings.log_level}"),
-        )
+        try:
+            child = self._child = await Child.spawn(
+                "wyoming_qwen_asr.model",
+                *(f"--model={located.path}", f"--name={located.name}", f"--device={settings.device}"),
+                *(f"--dtype={settings.dtype}", f"--threads={settings.threads}", f"--log-level={settings.log_level}"),
+            )
+        except Busy as error:
+            _LOGGER.error("The model process: %s", error)
+            self._faults += 1
+            self._fail_all(error)
+            return
         _LOGGER.info("Model process %d started: %s", child.pid, located.name)
         self._cancelled.clear()
         overdue = asyncio.get_running_loop().call_later(LOAD_SECONDS, self._load_overdue)
         pump = asyncio.create_task(self._pump(child, located.languages))
+        pump.add_done_callback(lambda _: child.kill() if not child.asked_to_leave else None)  # none talks to it
         failure: Failed | None = None
         try:
             async for event in child.events():
                 message, number = from_event(event)
+                self._heard = asyncio.get_running_loop().time()
                 match message:
                     case Ready():
                         self._ready = True
@@ -180,4 +207,3 @@ class Engine:
             pass  # it is gone: the reading side knows why
         except TimedOut:
             _LOGGER.error("The model process does not read: it hangs")
-            child.kill()

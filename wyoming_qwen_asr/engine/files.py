@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from ..errors import AsrError, CheckpointError, ModelUnavailable, by_code
 from ..events import BadEvent, Downloading, Failed, Located, from_event
@@ -17,8 +18,10 @@ _LOGGER = logging.getLogger(__name__)
 class ModelFiles:
     """`locate` does the work; the rest tells how far it is."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, refuse: Callable[[AsrError], None]) -> None:
         self._settings = settings
+        self._refuse = refuse
+        """Told when audio that waits for the files would wait for too long."""
         self._downloaded: Downloading | None = None
         self._error: AsrError | None = None
         self.located: Located | None = None
@@ -36,12 +39,12 @@ class ModelFiles:
         return self._downloaded.done / max(self._downloaded.total, 1)
 
     def check(self) -> None:
-        """Raises ModelUnavailable when audio would have to wait for a download. A check of local files takes a
-        second: that is waited for."""
+        """Raises AsrError when audio would have to wait for a download. A check of local files takes a second: that
+        is waited for."""
         if self.located:
             return
         if self._error:
-            raise ModelUnavailable(str(self._error))
+            raise self._error
         if self.progress is not None:
             raise ModelUnavailable(f"the model is being downloaded, {self.progress:.0%}")
 
@@ -52,10 +55,11 @@ class ModelFiles:
         while True:
             try:
                 self.located = await self._fetch()
-            except CheckpointError:
-                raise
             except AsrError as error:
-                self._error = error
+                self._error = ModelUnavailable(str(error))
+                self._refuse(self._error)
+                if isinstance(error, CheckpointError):
+                    raise
                 _LOGGER.warning("%s; trying again in %.0f s", error, wait)
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, longest)
@@ -75,6 +79,8 @@ class ModelFiles:
                 message, _ = from_event(event)
                 match message:
                     case Downloading():
+                        if not self._downloaded:
+                            self._refuse(ModelUnavailable("the model is being downloaded"))
                         self._downloaded, self._error = message, None
                         if (tenth := 10 * message.done // max(message.total, 1)) > shown:
                             shown = tenth

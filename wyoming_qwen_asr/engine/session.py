@@ -35,7 +35,14 @@ from ..events import (
     SpeechStarted,
     SpeechStopped,
 )
-from ..limits import FINAL_SECONDS, LOAD_SECONDS, MAX_RESTARTS, MAX_RETAINED_BYTES, MAX_UTTERANCE_SECONDS
+from ..limits import (
+    FINAL_SECONDS,
+    LOAD_SECONDS,
+    MAX_RESTARTS,
+    MAX_RETAINED_BYTES,
+    MAX_UTTERANCE_SECONDS,
+    OPEN_SECONDS,
+)
 from ..text import join
 
 MAX_RESULTS = 1024
@@ -71,12 +78,14 @@ class Session:
         options: SessionOptions,
         hint: Hint,
         wake: Callable[[], None],
+        overdue: Callable[["Session"], None],
         close: Callable[["Session"], None],
     ) -> None:
         self.number = number
         self._options = options
         self._hint = hint
         self._wake = wake
+        self._overdue = overdue
         self._close = close
 
         self._audio = bytearray()  # retained: from byte _base of the stream on
@@ -93,7 +102,8 @@ class Session:
         self._results: deque[Result] = deque()
         self._error: AsrError | None = None
         self._news = asyncio.Event()
-        self._deadline: asyncio.TimerHandle | None = None
+        self._language: str | None = None  # of the first delivered segment with speech
+        self._set_deadline(OPEN_SECONDS)
         self.finished = False
 
     async def __aenter__(self) -> Self:
@@ -122,9 +132,8 @@ class Session:
     async def end(self) -> None:
         """No more audio comes. From here on the clock runs: TimedOut if the final does not come in time."""
         self._ended_at = time.monotonic()
-        seconds = LOAD_SECONDS + FINAL_SECONDS + 2 * self._seconds
-        late = TimedOut("no transcript in time")
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, late)
+        self._deadline.cancel()
+        self._set_deadline(LOAD_SECONDS + FINAL_SECONDS + 2 * self._seconds)
         self._wake()
 
     async def results(self) -> AsyncIterator[Result]:
@@ -149,20 +158,22 @@ class Session:
 
     def close(self) -> None:
         """Nobody waits any more, with or without a result: work still to do is cancelled. Safe to call again."""
-        if self._deadline:
-            self._deadline.cancel()
+        self._deadline.cancel()
         self._close(self)
 
     # --- for the engine ------------------------------------------------------------------------------------------
 
     def deliver(self, message: Message) -> None:
-        """What the model process says about this session."""
+        """What the model process says about this session, while anybody waits for it."""
+        if self.finished:
+            return None
         match message:
             case SessionError():
                 return self.fail(by_code(message.code)(message.message))
             case Segment():
                 _LOGGER.debug("Utterance %d: segment %.1f to %.1f s", self.number, message.start, message.end)
                 self._texts.append(message.text)
+                self._language = self._language or message.language
                 self._forget(message.end)
             case Final():
                 text = join([*self._texts[: self._kept], message.text])
@@ -207,8 +218,9 @@ class Session:
             self._sent = self._base
             language = options.language if options.language in languages else None
             offset = self._base / form.bytes_per_second
-            start = SessionStart(form.rate, form.width, form.channels, language, self._hint, options.context, offset)
-            return start, None
+            return SessionStart(
+                *(form.rate, form.width, form.channels, language, self._hint, options.context, self._language, offset)
+            ), None
         unsent = self._fed - self._sent
         ended = self._ended_at is not None
         if unsent >= SEND_SECONDS * form.bytes_per_second or (ended and unsent):
@@ -220,6 +232,9 @@ class Session:
             self._end_sent = True
             return SessionEnd(), None
         return None
+
+    def _set_deadline(self, seconds: float) -> None:
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._overdue, self)
 
     @property
     def _seconds(self) -> float:

@@ -1,5 +1,6 @@
 """OpenAI's transcription API: https://platform.openai.com/docs/api-reference/audio."""
 
+import asyncio
 import logging
 import tempfile
 import time
@@ -14,13 +15,22 @@ from ..audio import AudioFormat
 from ..engine.engine import Engine
 from ..engine.session import Session, SessionOptions
 from ..errors import AsrError, BadAudio, BadRequest, TooLarge, by_code
-from ..events import Failed, Final, SessionAudio, from_event
+from ..events import BadEvent, Failed, Final, SessionAudio, SessionEnd, from_event
 from ..limits import MAX_CONTEXT_CHARACTERS, MAX_UPLOAD_BYTES
 from ..process import Child
 from ..text import language_name
 
 MAX_FIELD_BYTES = 16 * 1024
 """Of a form field that is not the file; the longest real one is a prompt."""
+
+MAX_FIELDS = 64
+"""Of a form. OpenAI's has some fifteen, lists repeat theirs."""
+
+UPLOAD_CHUNK_BYTES = 256 * 1024
+"""Written at a time, in a thread: a disk may be slow."""
+
+DECODE_SECONDS = 120.0
+"""For a file of at most MAX_UTTERANCE_SECONDS; seconds are usual."""
 
 FORMATS = ("json", "text")
 
@@ -32,16 +42,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class OpenAI:
     """The handlers of /v1."""
 
-    def __init__(self, engine: Engine, model: str, language: str | None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._model = model
-        self._language = language
         self._created = int(time.time())
 
     async def models(self, request: web.Request) -> web.Response:
         """The one model there is."""
-        name = self._engine.model.name if self._engine.model else self._model
-        entry = {"id": name, "object": "model", "created": self._created, "owned_by": "wyoming-qwen-asr"}
+        entry = {"id": self._engine.name, "object": "model", "created": self._created, "owned_by": "wyoming-qwen-asr"}
         return web.json_response({"object": "list", "data": [entry]})
 
     async def transcriptions(self, request: web.Request) -> web.Response:
@@ -53,17 +60,10 @@ class OpenAI:
                 raise BadRequest(f"response_format must be one of {', '.join(FORMATS)}", "response_format")
             if fields.get("stream", "false").lower() == "true":
                 raise BadRequest("stream is not supported", "stream")
-            final = await self._transcribe(file.name, self._options(fields))
+            final = await self._transcribe(file.name, _options(fields))
         if shape == "text":
             return web.Response(text=final.text + "\n")
         return web.json_response({"text": final.text})
-
-    def _options(self, fields: dict[str, str]) -> SessionOptions:
-        language = language_name(fields.get("language"))
-        if fields.get("language") and not language:
-            raise BadRequest("language is none that Qwen3-ASR knows", "language")
-        context = fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS]
-        return SessionOptions(AudioFormat(), language or self._language, context)
 
     async def _transcribe(self, path: str, options: SessionOptions) -> Final:
         async with self._engine.session(options) as session:
@@ -72,25 +72,36 @@ class OpenAI:
             return await session.final()
 
 
+def _options(fields: dict[str, str]) -> SessionOptions:
+    hint = fields.get("language", "").strip()
+    language = language_name(hint)
+    if hint not in ("", "auto") and not language:
+        raise BadRequest("language is none that Qwen3-ASR knows", "language")
+    return SessionOptions(AudioFormat(), language, fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS])
+
+
 async def _feed(session: Session, path: str) -> None:
     """Decode a file, in a process of its own, into the session. Raises BadAudio."""
     child = await Child.spawn("wyoming_qwen_asr.decode", path)
     heard = False
     try:
-        async for event in child.events():
-            message, _ = from_event(event)
-            match message:
-                case SessionAudio():
-                    heard = True
-                    await session.feed(event.payload or b"")
-                case Failed():
-                    raise by_code(message.code)(message.message)
+        async with asyncio.timeout(DECODE_SECONDS):
+            async for event in child.events():
+                match from_event(event)[0]:
+                    case SessionAudio():
+                        heard = True
+                        await session.feed(event.payload or b"")
+                    case SessionEnd():
+                        if not heard:
+                            raise BadAudio("the file holds no audio", "file")
+                        return
+                    case Failed() as failed:
+                        raise by_code(failed.code)(failed.message, "file")
+    except (BadEvent, TimeoutError):
+        pass  # it was stopped in the middle of something
     finally:
-        code = await child.stop()
-    if code != 0:
-        raise BadAudio("the file could not be decoded within the limits of time and memory")
-    if not heard:
-        raise BadAudio("the file holds no audio")
+        await child.stop()
+    raise BadAudio("the file could not be decoded within the limits of time and memory", "file")
 
 
 async def _read_form(request: web.Request, file: IO[bytes]) -> dict[str, str]:
@@ -99,15 +110,19 @@ async def _read_form(request: web.Request, file: IO[bytes]) -> dict[str, str]:
     if not request.content_type.startswith("multipart/"):
         raise BadRequest("the body must be multipart/form-data")
     fields: dict[str, str] = {}
-    size = None
+    size: int | None = None
     try:
         async for part in await request.multipart():
             if not isinstance(part, BodyPartReader) or part.name is None:
                 raise BadRequest("a part of the form has no name")
-            if part.name == "file":
+            if len(fields) == MAX_FIELDS:
+                raise TooLarge("the form has too many fields")
+            if part.name != "file":
+                fields[part.name] = await _field(part)
+            elif size is None:
                 size = await _save(part, file)
             else:
-                fields[part.name] = await _field(part)
+                raise BadRequest("the form has more than one file", "file")
     except (ValueError, AssertionError):
         raise BadRequest("the form is broken") from None
     if size is None:
@@ -120,11 +135,11 @@ async def _read_form(request: web.Request, file: IO[bytes]) -> dict[str, str]:
 
 async def _save(part: BodyPartReader, file: IO[bytes]) -> int:
     size = 0
-    while chunk := await part.read_chunk(1 << 16):
+    while chunk := await part.read_chunk(UPLOAD_CHUNK_BYTES):
         size += len(chunk)
         if size > MAX_UPLOAD_BYTES:
             raise TooLarge(f"the file is larger than {MAX_UPLOAD_BYTES >> 20} MB", "file")
-        file.write(chunk)
+        await asyncio.to_thread(file.write, chunk)
     return size
 
 
@@ -151,7 +166,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         if error.retryable and error.status in (429, 503):
             response.headers["Retry-After"] = "5"
     except ConnectionError:
-        raise  # the client is gone
+        response = web.Response(status=400)  # the client is gone
     except Exception:
         _LOGGER.exception("%s %s failed", request.method, request.path)
         response = _envelope(500, "internal error", None, AsrError.code)

@@ -1,27 +1,30 @@
 """The HTTP sidecar: an aiohttp application on the same engine as Wyoming."""
 
-import logging
-
 from aiohttp import web
 
 from ..engine.engine import Engine
+from ..limits import DRAIN_SECONDS
 from ..settings import HostPort
 from .openai import OpenAI, error_middleware
-
-_LOGGER = logging.getLogger(__name__)
 
 
 class HttpServer:
     """`listen`, `close`."""
 
-    def __init__(self, engine: Engine, model: str, language: str | None) -> None:
+    def __init__(self, engine: Engine) -> None:
         app = web.Application(middlewares=[error_middleware])
-        api = OpenAI(engine, model, language)
+        api = OpenAI(engine)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", api.models)
         app.router.add_post("/v1/audio/transcriptions", api.transcriptions)
         self._engine = engine
-        self._runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=20.0)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            auto_decompress=False,  # a gzip body could be a bomb
+            handler_cancellation=True,  # what nobody waits for is not computed
+            shutdown_timeout=DRAIN_SECONDS,
+        )
 
     async def listen(self, address: HostPort) -> HostPort:
         """Serve from now on; where that came to be (port 0 is any). Raises OSError."""

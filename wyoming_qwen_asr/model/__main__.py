@@ -6,6 +6,7 @@ loads, the gateway keeps the audio that arrives.
 
 import argparse
 import asyncio
+import contextlib
 import faulthandler
 import os
 import signal
@@ -54,14 +55,13 @@ def main() -> None:
     log_to_stderr(args.log_level)
     try:
         network, choices = _load(args)
-        write_now(to_event(Ready(time.monotonic() - began, choices)), out)
-        asyncio.run(_serve(network, out))
     except (AsrError, ImportError) as error:
         error = error if isinstance(error, AsrError) else CheckpointError(f"{error}: install the [local] extra")
         write_now(to_event(Failed(error.code, str(error))), out)
         sys.exit(EXIT_CANNOT_LOAD)
-    except ConnectionError:
-        pass  # the gateway is gone, and so are we in a moment
+    with contextlib.suppress(ConnectionError):  # the gateway is gone, and so are we in a moment
+        write_now(to_event(Ready(time.monotonic() - began, choices)), out)
+        asyncio.run(_serve(network, out))
     sys.stderr.flush()
     os._exit(0)  # without waiting for a computation that nobody waits for
 

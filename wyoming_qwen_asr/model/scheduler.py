@@ -71,7 +71,7 @@ class Scheduler:
 
     def start(self, number: int, message: SessionStart) -> None:
         form = AudioFormat(message.rate, message.width, message.channels)
-        self._streams[number] = _Stream(message, Resampler(form))
+        self._streams[number] = _Stream(message, Resampler(form), language=message.heard)
 
     def audio(self, number: int, pcm: bytes) -> None:
         if stream := self._streams.get(number):
@@ -147,5 +147,6 @@ class Scheduler:
 
 
 def _hint(stream: _Stream) -> Hint:
-    """A language heard earlier in the session is a preference, whatever the client's would be."""
-    return stream.start.hint if stream.start.language else "prefer"
+    """A language heard earlier in the session is a preference at most, whatever the client's would be."""
+    start = stream.start
+    return start.hint if start.language or start.hint == "ignore" else "prefer"

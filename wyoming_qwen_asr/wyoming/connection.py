@@ -7,14 +7,14 @@ told with an `error` event, and the connection is closed then, because older Hom
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass
+import time
 from typing import Any
 
 from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.error import Error
 from wyoming.event import Event
-from wyoming.info import Describe, Info
+from wyoming.info import Describe
 from wyoming.ping import Ping, Pong
 
 from ..audio import AudioFormat
@@ -33,39 +33,36 @@ connection, and the client might never see the error."""
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Service:
-    """What every connection offers."""
-
-    engine: Engine
-    model: str
-    """The setting, for the time before the checkpoint is found."""
-    language: str | None
-    """Qwen's name, for requests that name none; None to detect."""
-
-    def info(self) -> Info:
-        return info(self.model, self.engine.model)
-
-
 class Connection:
-    """One client. Events are read while an utterance is being recognised, so that `describe` never waits."""
+    """One client. Events are read while an utterance is being recognised, so that `describe` is answered meanwhile.
+
+    One task reads, and tells errors; whoever else has a reason to end the connection interrupts it.
+    """
 
     def __init__(
-        self, service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str
+        self,
+        engine: Engine,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        address: str,
+        idle_seconds: float | None = CONNECTION_IDLE_SECONDS,
     ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.task = task
-        self._service = service
+        self._engine = engine
         self._reader = reader
         self._writer = writer
         self._address = address
-        self._leaving = False
+        self._idle_seconds = idle_seconds
+        self._leaving = self._ending = False
+        self._error: AsrError | None = None  # why it was interrupted
         # The utterance that is arriving:
         self._request = Transcribe()
         self._format: AudioFormat | None = None
         self._session: Session | None = None
-        # The one before it, being recognised:
+        self._heard = 0.0  # when its last audio came
+        # What sends its transcript, or that of the one before it:
         self._answer: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -74,29 +71,42 @@ class Connection:
         try:
             while event := await self._next():
                 await self._handle(event)
-            await self._answered()  # a client may close its sending half and still listen
+            if not self._session:
+                await self._answered()  # a client may close its sending half and still listen
+        except asyncio.CancelledError:  # see `interrupt`
+            if self._error:
+                await self.tell(self._error)
         except AsrError as error:
-            await self.fail(error)
-        except ConnectionError:
-            pass
+            await self.tell(error)
+        except OSError:
+            pass  # the client is gone
+        except Exception:
+            _LOGGER.exception("%s: a fault of ours", self._address)
+            await self.tell(AsrError("internal error"))
         finally:
-            if self._session:
-                self._session.close()
-            if self._answer:
-                self._answer.cancel()
+            self._ending = True
+            self._give_up()
             self._writer.close()
             _LOGGER.debug("%s: closed", self._address)
 
-    def leave(self) -> None:
-        """Close after the utterance that is under way, if any."""
-        self._leaving = True
-        if not self._session and not self._answer:
-            self._writer.close()
+    def interrupt(self, error: AsrError | None = None) -> None:
+        """End the connection now, with an error or without, unless it is ending already."""
+        if not self._ending:
+            self._ending = True
+            self._error = error
+            self.task.cancel()
 
-    async def fail(self, error: AsrError) -> None:
-        """Tell the client, and close."""
+    def leave(self) -> None:
+        """End the connection after the utterance that is under way, if any."""
+        self._leaving = True
+        if not self._answer:
+            self.interrupt()
+
+    async def tell(self, error: AsrError) -> None:
+        """Send an error, and close."""
+        self._ending = True
         _LOGGER.warning("%s: %s", self._address, error)
-        with contextlib.suppress(AsrError, OSError, TimeoutError):
+        with contextlib.suppress(AsrError, OSError):
             await self._send(Error(text=str(error), code=error.code).event())
             if self._writer.can_write_eof():
                 self._writer.write_eof()
@@ -107,12 +117,16 @@ class Connection:
 
     async def _next(self) -> Event | None:
         """The next event; None when the client is gone, or silent for too long between utterances."""
-        seconds = UTTERANCE_IDLE_SECONDS if self._session else CONNECTION_IDLE_SECONDS
         while True:
+            seconds = self._idle_seconds
+            if self._session:
+                seconds = max(0.0, self._heard + UTTERANCE_IDLE_SECONDS - time.monotonic())
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(seconds) as limit:
                     return await read_event(self._reader)
             except TimeoutError:
+                if not limit.expired():
+                    raise  # the network's: the client cannot be reached
                 if self._session:
                     raise TimedOut("no audio for too long") from None
                 if not self._answer:
@@ -120,19 +134,31 @@ class Connection:
 
     async def _handle(self, event: Event) -> None:
         if Describe.is_type(event.type):
-            await self._send(self._service.info().event())
+            await self._send(info(self._engine.name, self._engine.model).event())
         elif Ping.is_type(event.type):
             await self._send(Pong(text=_text(event.data, "text")).event())
         elif Transcribe.is_type(event.type):
             self._request = _request(event.data)
         elif AudioStart.is_type(event.type):
-            self._format = _format(event.data)
+            self._begin(_format(event.data))
         elif AudioChunk.is_type(event.type):
             await self._audio(event)
         elif AudioStop.is_type(event.type):
             await self._stop()
         else:
             _LOGGER.debug("%s: ignored %r", self._address, event.type)
+
+    def _begin(self, form: AudioFormat) -> None:
+        """An utterance begins. One that never came to its end is given up, as the client has done."""
+        if self._session:
+            self._give_up()
+        self._format = form
+
+    def _give_up(self) -> None:
+        """Nobody waits for the transcript any more."""
+        self._session = None
+        if self._answer:
+            self._answer.cancel()
 
     async def _audio(self, event: Event) -> None:
         form = _format(event.data) if "rate" in event.data else self._format
@@ -142,48 +168,57 @@ class Connection:
             raise BadRequest("audio without a format")
         if self._session is None:
             await self._answered()
-            self._format = form
-            self._session = self._service.engine.session(self._options(form))
+            self._open(form)
+        assert self._session is not None
         if form != self._format:
             raise BadRequest("the audio format changed in mid-utterance")
+        self._heard = time.monotonic()
         await self._session.feed(event.payload)
 
+    def _open(self, form: AudioFormat) -> None:
+        """The first audio of an utterance: from here on its answer, or what prevents it, is waited for."""
+        self._format = form
+        session = self._session = self._engine.session(self._options(form))
+        self._answer = asyncio.create_task(self._transcript(session))
+        self._answer.add_done_callback(lambda answer: self._transcribed(session, answer))
+
     def _options(self, form: AudioFormat) -> SessionOptions:
-        request = self._request
-        language = language_name(request.language)
-        if request.language and not language:
-            _LOGGER.debug("%s: language %r is not known, so it is detected", self._address, request.language)
-        return SessionOptions(form, language or self._service.language, _context(request))
+        language = language_name(self._request.language)
+        if self._request.language and not language:
+            _LOGGER.debug("%s: language %r is not known", self._address, self._request.language)
+        return SessionOptions(form, language, _context(self._request))
 
     async def _stop(self) -> None:
-        """The audio is complete: answer, while the next event is read."""
-        await self._answered()
+        """The audio is complete."""
         session, self._session = self._session, None
         self._request, self._format = Transcribe(), None
-        if session is None:
+        if session:
+            await session.end()
+        else:
+            await self._answered()
             await self._send(Transcript(text="").event())
-            return
-        await session.end()
-        self._answer = asyncio.create_task(self._transcript(session))
 
     async def _transcript(self, session: Session) -> None:
-        try:
-            final = await session.final()
-            await self._send(Transcript(text=final.text, language=language_code(final.language)).event())
-        except AsrError as error:
-            self._leaving = True
-            _LOGGER.warning("%s: %s", self._address, error)
-            await self._send(Error(text=str(error), code=error.code).event())
-        finally:
-            session.close()
-            if self._leaving:
-                self._writer.close()
+        final = await session.final()
+        await self._send(Transcript(text=final.text, language=language_code(final.language)).event())
+
+    def _transcribed(self, session: Session, answer: asyncio.Task[None]) -> None:
+        """The transcript is sent, or cannot be."""
+        session.close()
+        if self._answer is answer:
+            self._answer = None
+        if answer.cancelled():
+            return
+        error = answer.exception()
+        if error:
+            self.interrupt(error if isinstance(error, AsrError) else None)
+        elif self._leaving:
+            self.interrupt()
 
     async def _answered(self) -> None:
         """Wait until the last utterance's transcript is sent."""
         if self._answer:
-            await self._answer
-            self._answer = None
+            await asyncio.wait([self._answer])
 
     async def _send(self, event: Event) -> None:
         await write_event(self._writer, event)

@@ -3,23 +3,22 @@
 import asyncio
 import contextlib
 import socket
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import Busy
+from ..engine.engine import Engine
+from ..errors import Busy, TimedOut
 from ..events import READER_LIMIT
 from ..limits import MAX_CONNECTIONS
-from ..process import streams
 from ..settings import HostPort
-from .connection import Connection, Service
+from .connection import LINGER_SECONDS, Connection
 
 
 class WyomingServer:
     """All addresses Wyoming is served at."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._listeners: list[asyncio.Server] = []
         self._sockets: list[Path] = []
         self._connections: set[Connection] = set()
@@ -37,10 +36,9 @@ class WyomingServer:
         self._listeners.append(listener)
         return HostPort(parts.hostname, listener.sockets[0].getsockname()[1])
 
-    async def serve_stdio(self) -> None:
-        """One connection on stdin and stdout, until stdin ends."""
-        reader, writer = await streams(sys.stdin.buffer, sys.stdout.buffer)
-        await self._serve(Connection(self._service, reader, writer, "stdio"))
+    async def serve_stdio(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection on stdin and stdout, until stdin ends, however long it is silent."""
+        await self._serve(Connection(self._engine, reader, writer, "stdio", idle_seconds=None))
 
     async def close(self, seconds: float) -> None:
         """Take no new connections and wait so long for the utterances that are under way."""
@@ -48,24 +46,27 @@ class WyomingServer:
             listener.close()
         for connection in self._connections:
             connection.leave()
-        tasks = {connection.task for connection in self._connections}
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._closed(seconds)
+        for connection in self._connections:
+            connection.interrupt(TimedOut("the server is stopping"))
+        await self._closed(2 * LINGER_SECONDS)
         for path in self._sockets:
             path.unlink(missing_ok=True)
 
+    async def _closed(self, seconds: float) -> None:
+        """Wait for the connections, but no longer."""
+        if self._connections:
+            await asyncio.wait([connection.task for connection in self._connections], timeout=seconds)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         address = writer.get_extra_info("peername") or "unix socket"
-        connection = Connection(self._service, reader, writer, str(address))
+        connection = Connection(self._engine, reader, writer, str(address))
         if len(self._connections) >= MAX_CONNECTIONS:
-            await connection.fail(Busy(f"{MAX_CONNECTIONS} connections are open already"))
+            await connection.tell(Busy(f"{MAX_CONNECTIONS} connections are open already"))
             return
         await self._serve(connection)
 
-    async def _serve(self, connection: "Connection") -> None:
+    async def _serve(self, connection: Connection) -> None:
         self._connections.add(connection)
         try:
             await connection.run()
