@@ -72,7 +72,7 @@ async def _try(server: Server, request: Request, tally: Tally) -> None:
         writer.close()
     head, _, body = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
     if wrong := _wrong(request, head, body):
-        tally.fail(f"{request.name}: {wrong}: {answer[-200:]!r}\nto {request.data[:300]!r}")
+        tally.fail(f"{request.name}: {wrong}: {answer[-200:]!r}\nto {request.data[:300]!r}", kind=request.name + wrong)
     tally.refused += not head.startswith(b"HTTP/1.1 200 ")
 
 

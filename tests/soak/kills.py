@@ -16,6 +16,9 @@ from .tally import Size, Tally
 
 CLIENTS = 8
 
+NOTICE_SECONDS = 1.0
+"""A kill that came so long before an utterance may still be counted against it."""
+
 KILL_AFTER_LOADS = 3.0
 """The longest time between two kills, in times that a load takes: so a third of them hits a process that loads."""
 
@@ -27,7 +30,8 @@ class _Run:
         self._server = server
         self._rng = rng
         self._tally = tally
-        self.kills = 0
+        self.killed: list[float] = []
+        """When."""
         self.delivered = 0
         self.wrong = 0
         self.errors = 0
@@ -40,7 +44,11 @@ class _Run:
                     process.kill()
                 except psutil.NoSuchProcess:
                     continue
-                self.kills += 1
+                self.killed.append(time.monotonic())
+
+    @property
+    def kills(self) -> int:
+        return len(self.killed)
 
     async def client(self, seed: float, said: list[tuple[Recording, str]], size: Size) -> None:
         """Utterances, several on each connection, until there were enough of everything."""
@@ -49,11 +57,12 @@ class _Run:
             async with self._server.client() as connection:
                 for _ in range(rng.randint(1, 5)):
                     recording, text = rng.choice(said)
-                    kills = self.kills
+                    began = time.monotonic()
                     self._tally.utterances += 1
                     self._tally.sessions += 1
                     answer = await say(connection, recording.pcm, rng)
-                    where = f"{recording.path.name}, during {self.kills - kills} kills"
+                    kills = sum(when > began - NOTICE_SECONDS for when in self.killed)
+                    where = f"{recording.path.name}, during {kills} kills"
                     if isinstance(answer, Transcript):
                         self._judge(answer.text, text, where)
                         continue
@@ -62,8 +71,7 @@ class _Run:
                         self._tally.fail(f"lost: {where}")
                     else:
                         self.errors += 1
-                        deserved = self.kills - kills > MAX_RESTARTS
-                        self._tally.require(deserved, f"an error too early: {where}: {answer.text}")
+                        self._tally.require(kills > MAX_RESTARTS, f"an error too early: {where}: {answer.text}")
                     break
 
     async def hopeless(self, pcm: bytes) -> None:

@@ -58,26 +58,26 @@ class Tally:
     """Those that got neither a transcript nor an error."""
     failures: list[str] = field(default_factory=list)
     suppressed: int = 0
-    _logged: set[str] = field(default_factory=set)
+    _told: set[str] = field(default_factory=set)
 
-    def fail(self, what: str) -> None:
-        if len(self.failures) < MAX_FAILURES:
-            self.failures.append(what)
-        else:
+    def fail(self, what: str, kind: str | None = None) -> None:
+        """Of each kind the first is told, and not too many in all."""
+        kind = kind or what
+        if kind in self._told or len(self.failures) >= MAX_FAILURES:
             self.suppressed += 1
+        else:
+            self._told.add(kind)
+            self.failures.append(what)
 
     def require(self, holds: bool, what: str) -> None:
         if not holds:
             self.fail(what)
 
     def read_log(self, server: Server, after: str = "") -> None:
-        """Look for faults in what the server has logged since the last time, and forget that. Those that end alike
-        are told once."""
+        """Look for faults in what the server has logged since the last time, and forget that."""
         log, server.log = server.log, ""
         for found in LOG_FAULTS.finditer(log):
-            if (end := found[1][:60]) not in self._logged:
-                self._logged.add(end)
-                self.fail(f"the server logged a fault{after}:\n{found[0][:LOG_EXCERPT]}")
+            self.fail(f"the server logged a fault{after}:\n{found[0][:LOG_EXCERPT]}", kind=found[1][:60])
 
     def add(self, other: "Tally") -> None:
         self.sessions += other.sessions
