@@ -170,20 +170,6 @@ async def test_sigterm_waits_for_nobody_who_is_silent(start_server: StartServer,
             assert await server.process.wait() == 0
 
 
-async def test_what_does_not_come_to_its_end_is_told(start_server: StartServer, clear: list[Recording]) -> None:
-    """After SIGTERM an utterance has twenty seconds, then its client gets an error."""
-    server = await start_server("--no-http")
-    async with server.client() as client:
-        await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
-        await server.logged("Model ready")
-        server.process.terminate()
-        event = await asyncio.wait_for(client.read_event(), SECONDS)
-        assert event is not None
-        assert Error.from_event(event).code == "timeout"
-    async with asyncio.timeout(SECONDS):
-        assert await server.process.wait() == 0
-
-
 async def test_an_evicted_process_that_does_not_leave(start_server: StartServer, clear: list[Recording]) -> None:
     """It is killed, and the next utterance gets a new one."""
     server = await start_server("--idle-seconds=1", "--no-http")
