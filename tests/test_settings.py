@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wyoming_qwen_asr import __version__
-from wyoming_qwen_asr.settings import HostPort, Settings, SettingsError, load
+from wyoming_qwen_asr.settings import Settings, SettingsError, load
+from wyoming_qwen_asr.values import HostPort
 
 property_test = settings(deadline=None, derandomize=True)
 

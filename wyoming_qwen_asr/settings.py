@@ -13,12 +13,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, values
 from .events import Hint
-from .text import language_name
-
-DEFAULT_NAME = "qwen-asr"
-"""On the network, for zeroconf."""
+from .values import HostPort
 
 DATA_DIR = "~/.cache/wyoming-qwen-asr"
 
@@ -38,123 +35,14 @@ class SettingsError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-@dataclass(frozen=True)
-class HostPort:
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-# --- values: each turns text (flags, environment) or a YAML/JSON value into the setting's type -----------------
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise ValueError("must be text")
-    if re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", str(value)):
-        raise ValueError("must be text without control characters, in UTF-8")
-    return str(value)
-
-
-def _is(value: Any, meant: bool) -> bool:
-    """Whether a YAML or JSON value, or the text of a variable, says yes (or no)."""
-    words = ("true", "on", "yes") if meant else ("false", "off", "no", "none")
-    return value is meant or (isinstance(value, str) and value.lower() in words)
-
-
-def _uris(value: Any) -> tuple[str, ...]:
-    """One, several with blanks between them, or a list of such."""
-    texts = value if isinstance(value, list) else [value]
-    uris = tuple(uri for text in texts for uri in _text(text).split())
-    if not uris:
-        raise ValueError("must be a URI or a list of them")
-    for uri in uris:
-        tcp = uri.startswith("tcp://") and _address(uri.removeprefix("tcp://"))
-        if not tcp and not re.fullmatch(r"unix://[^?#\[\]]+|stdio://", uri):
-            raise ValueError(f"holds {uri!r}, which is none of tcp://HOST:PORT, unix:///PATH, stdio://")
-    return uris
-
-
-def _host_port(value: Any) -> HostPort | None:
-    if _is(value, False):
-        return None
-    if not (address := _address(_text(value))):
-        raise ValueError("is not of the form HOST:PORT")
-    return address
-
-
-def _address(text: str) -> HostPort | None:
-    """HOST:PORT, with brackets around the host if it is an IPv6 address."""
-    found = re.fullmatch(r"(?:\[([^][/?#@]+)]|([^][/?#@:\s]+)):([0-9]{1,5})", text)
-    if not found or int(found[3]) > 65535:
-        return None
-    return HostPort(found[1] or found[2], int(found[3]))
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return str(value)
-
-    return parse
-
-
-def _device(value: Any) -> str:
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,2})?", _text(value)):
-        raise ValueError("must be one of auto, cpu, cuda, cuda:N")
-    return str(value)
-
-
-def _whole(minimum: int, maximum: int = 999_999_999) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        number = int(value) if re.fullmatch("[0-9]{1,9}", str(value)) else -1
-        if not minimum <= number <= maximum:
-            raise ValueError(f"must be a whole number from {minimum} to {maximum}")
-        return number
-
-    return parse
-
-
-def _threads(value: Any) -> int:
-    return 0 if value == "auto" else _whole(1, 1024)(value)
-
-
-def _language(value: Any) -> str | None:
-    if value == "auto":
-        return None
-    name = language_name(_text(value))
-    if name is None:
-        raise ValueError("is not a language of Qwen3-ASR; codes like en, de, zh, yue, or auto")
-    return name
-
-
-def _zeroconf(value: Any) -> str | None:
-    if _is(value, False):
-        return None
-    name = DEFAULT_NAME if _is(value, True) else _text(value)
-    if len(name.encode()) > 40:
-        raise ValueError("is longer than 40 bytes")
-    return name
-
-
-def _path(value: Any) -> Path:
-    try:
-        return Path(_text(value)).expanduser()
-    except RuntimeError:
-        raise ValueError("begins with a home directory that is not known") from None
-
-
 def _default_data_dir() -> Path:
     try:
-        return _path(DATA_DIR)
+        return values.path(DATA_DIR)
     except ValueError:  # a user without a home, as some containers have
         return Path("/var/cache/wyoming-qwen-asr")
 
 
-def _setting(default: Any, help_text: str, parse: Callable[[Any], Any] = _text, **flag: Any) -> Any:
+def _setting(default: Any, help_text: str, parse: Callable[[Any], Any] = values.text, **flag: Any) -> Any:
     return field(default=default, metadata={"help": help_text, "parse": parse, "flag": flag})
 
 
@@ -165,37 +53,43 @@ class Settings:
     uri: tuple[str, ...] = _setting(
         ("tcp://0.0.0.0:10300",),
         "where to serve Wyoming: tcp://HOST:PORT, unix:///PATH or stdio://; may be given several times",
-        _uris,
+        values.uris,
         action="append",
     )
     http: HostPort | None = _setting(
         HostPort("0.0.0.0", 10301),  # noqa: S104 — a server for the home network
         "where to serve the OpenAI-compatible API: HOST:PORT",
-        _host_port,
+        values.host_port,
     )
     model: str = _setting("auto", "auto, 0.6b, 1.7b, a Hugging Face id (ID@REVISION), a directory, or demo")
-    device: str = _setting("auto", "auto, cpu, cuda or cuda:N", _device)
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N", values.device)
     dtype: str = _setting(
-        "auto", "auto, float32, bfloat16 or float16", _one_of("auto", "float32", "bfloat16", "float16")
+        "auto", "auto, float32, bfloat16 or float16", values.one_of("auto", "float32", "bfloat16", "float16")
     )
-    threads: int = _setting(0, "CPU threads of the model process: auto or a number", _threads)
-    language: str | None = _setting(None, "language of requests that name none: auto (detect) or a code", _language)
+    threads: int = _setting(0, "CPU threads of the model process: auto or a number", values.threads)
+    language: str | None = _setting(
+        None, "language of requests that name none: auto (detect) or a code", values.language
+    )
     language_hint: Hint = _setting(
         "prefer",
         "what a request's language means: prefer (silence stays silent), force (blindly) or ignore (always detect)",
-        _one_of("prefer", "force", "ignore"),
+        values.one_of("prefer", "force", "ignore"),
     )
     zeroconf: str | None = _setting(
         None,
-        f"let Home Assistant find the server by itself; the name on the network, {DEFAULT_NAME} if none is given",
-        _zeroconf,
+        f"let Home Assistant find the server by itself; under this name ({values.DEFAULT_NAME} if none is given)",
+        values.zeroconf,
         nargs="?",
         const=True,
         metavar="NAME",
     )
-    idle_seconds: int = _setting(900, "end the model process after so long without a session; 0: never", _whole(0))
-    data_dir: Path = _setting(_default_data_dir(), "where models are kept", _path)
-    log_level: str = _setting("info", "debug, info, warning or error", _one_of("debug", "info", "warning", "error"))
+    idle_seconds: int = _setting(
+        900, "end the model process after so long without a session; 0: never", values.whole(0)
+    )
+    data_dir: Path = _setting(_default_data_dir(), "where models are kept", values.path)
+    log_level: str = _setting(
+        "info", "debug, info, warning or error", values.one_of("debug", "info", "warning", "error")
+    )
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str], options_json: Path = OPTIONS_JSON) -> Settings:
@@ -211,31 +105,31 @@ def load(argv: Sequence[str], environ: Mapping[str, str], options_json: Path = O
     configs = flags.pop("config", None), variables.pop("config", None)
     config = configs[0] or configs[1]
 
-    values: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for source, given in (
         (str(options_json), _read(options_json, json.loads) if _exists(options_json) else {}),
         (str(config), _read(config, _yaml) if config else {}),
         ("environment", variables),
         ("flags", flags),
     ):
-        values |= _parse(source, given)
-    return Settings(**values)
+        merged |= _parse(source, given)
+    return Settings(**merged)
 
 
 def _parse(source: str, given: Mapping[Any, Any]) -> dict[str, Any]:
     """The values of one source. None and "" are what form fields left empty look like: not given."""
     known: dict[str, Field[Any]] = {f.name: f for f in fields(Settings)}
-    values = {}
+    parsed = {}
     for key, value in given.items():
         if key not in known:
             raise SettingsError(f"{source}: there is no setting {_spelled(source, str(key))}")
         if value in (None, "", [], [""]):
             continue
         try:
-            values[key] = known[key].metadata["parse"](value)
+            parsed[key] = known[key].metadata["parse"](value)
         except ValueError as error:
             raise SettingsError(f"{source}: {_spelled(source, key)} {error}, not {_shortened(value)}") from None
-    return values
+    return parsed
 
 
 def _spelled(source: str, key: str) -> str:
@@ -263,7 +157,7 @@ def _exists(path: Path) -> bool:
 def _read(file: Path | str, parse: Callable[[bytes], Any]) -> dict[Any, Any]:
     """The keys and values in a file. Raises SettingsError."""
     try:
-        value = parse(_path(str(file)).read_bytes())
+        value = parse(values.path(str(file)).read_bytes())
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
     except Exception as error:  # PyYAML lets KeyError, AttributeError and others through

@@ -4,7 +4,7 @@ from aiohttp import web
 
 from ..engine.engine import Engine
 from ..limits import DRAIN_SECONDS
-from ..settings import HostPort
+from ..values import HostPort
 from .openai import OpenAI, error_middleware
 
 

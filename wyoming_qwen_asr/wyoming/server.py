@@ -10,7 +10,7 @@ from ..engine.engine import Engine
 from ..errors import Busy, TimedOut
 from ..events import READER_LIMIT
 from ..limits import MAX_CONNECTIONS
-from ..settings import HostPort
+from ..values import HostPort
 from .connection import LINGER_SECONDS, Connection
 
 
