@@ -135,6 +135,7 @@ async def serving(*flags: str, environ: dict[str, str] | None = None) -> AsyncIt
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=environ,
+        limit=1 << 20,  # of a line of the log
     )
     server = Server(process)
     try:

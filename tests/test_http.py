@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def encoded(recording: Recording, form: str, rate: int = 16000, channels: int = 
     subtype = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}.get(form, "PCM_16")
     soundfile.write(file, np.repeat(samples[:, None], channels, 1), rate, format=form, subtype=subtype)
     return file.getvalue()
+
+
+def wav_header(rate: int) -> bytes:
+    """Of 42,000 16-bit samples."""
+    return b"RIFF" + struct.pack(
+        "<I4s4sIHHIIHH4sI", 84_036, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", 84_000
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,7 @@ async def test_many_at_once(client: openai.AsyncOpenAI, clear: list[Recording]) 
         (b"RIFF\xff\xff\xff\xffWAVEfmt ", "bad-audio"),
         (b"fLaC" + bytes(100), "bad-audio"),
         (b"ID3" + bytes(2000), "bad-audio"),
+        (wav_header(rate=1) + bytes(84_000), "bad-audio"),
     ],
 )
 async def test_what_is_no_audio(client: openai.AsyncOpenAI, content: bytes, code: str) -> None:
@@ -130,6 +139,7 @@ async def test_requests_that_are_none(server: Server) -> None:
     """Each gets OpenAI's envelope and a request id."""
     url = f"{server.http}/v1/audio/transcriptions"
     multipart = {"Content-Type": "multipart/form-data; boundary=b"}
+    broken = b"--b\r\nnonsense\r\n\r\nx\r\n--b--\r\n"
     nameless = b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"
     async with aiohttp.ClientSession() as http:
         for request, status in (
@@ -139,6 +149,7 @@ async def test_requests_that_are_none(server: Server) -> None:
             (http.post(url, data=b"x"), 400),
             (http.post(url, data=b"junk", headers=multipart), 400),
             (http.post(url, data=nameless, headers=multipart), 400),
+            (http.post(url, data=broken, headers=multipart), 400),
             (http.post(url, data=b"x", headers={"Content-Type": "multipart/form-data"}), 400),
             (http.post(url, data=FormData({"model": "x"}, default_to_multipart=True)), 400),
             (http.post(url, data=FormData({"model": "x" * 20_000}, default_to_multipart=True)), 413),

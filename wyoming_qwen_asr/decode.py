@@ -23,6 +23,9 @@ CPU_SECONDS = 60
 MEMORY_BYTES = 2 * 1024**3
 """Of address space, most of it libraries: audio passes through in blocks."""
 
+SAMPLE_RATES = range(4_000, 384_001)
+"""From a telephone's half to the highest of converters. A file that claims 1 Hz would grow 16,000 times."""
+
 BLOCK_FRAMES = 1 << 16
 
 CHUNK_BYTES = 1 << 16
@@ -59,6 +62,8 @@ def _decode(path: str) -> Iterator[bytes]:
 
     try:
         with soundfile.SoundFile(path) as file:
+            if file.samplerate not in SAMPLE_RATES:
+                raise BadAudio("the file's sample rate is none that sound has")
             resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
             while True:
                 block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
@@ -68,6 +73,8 @@ def _decode(path: str) -> Iterator[bytes]:
                     return
     except (soundfile.LibsndfileError, ValueError, RuntimeError):
         raise BadAudio("the file is not audio that can be read: WAV, FLAC, OGG or MP3") from None
+    except MemoryError:
+        raise BadAudio("the file needs more memory to be read than audio does") from None
 
 
 if __name__ == "__main__":

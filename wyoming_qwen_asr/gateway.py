@@ -1,6 +1,8 @@
 """The gateway: the process that is always there. It accepts, translates, supervises, and never computes."""
 
 import asyncio
+import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -24,6 +26,9 @@ _LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h; 128 KiB is what glibc starts with."""
+
 
 class CannotServe(Exception):
     """An address cannot be had: one line for the user, exit code 1."""
@@ -44,6 +49,7 @@ class Gateway:
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT, or the end of stdin when that is served.
         Raises CannotServe, and CheckpointError when the model cannot be used."""
+        _give_memory_back()
         stopped = asyncio.create_task(_signalled().wait())
         running: list[asyncio.Task[None]] = []
         try:
@@ -105,6 +111,13 @@ async def _opened(opening: Awaitable[T], place: str) -> T:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             reason = "it is used by another program, perhaps by another wyoming-qwen-asr"
         raise CannotServe(f"cannot serve at {place}: {reason}") from None
+
+
+def _give_memory_back() -> None:
+    """Idle costs nothing: glibc, once it has seen a large buffer freed, keeps the next ones for itself, unless the size
+    from which it asks the system is fixed. Other C libraries have no such call."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _signalled() -> asyncio.Event:

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 from typing import IO
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from .. import __version__
 from ..audio import AudioFormat
 from ..engine.engine import Engine
 from ..engine.session import Session, SessionOptions
-from ..errors import AsrError, BadAudio, BadRequest, TooLarge, by_code
+from ..errors import AsrError, BadAudio, BadRequest, TimedOut, TooLarge, by_code
 from ..events import BadEvent, Failed, Final, SessionAudio, SessionEnd, from_event
 from ..limits import MAX_CONTEXT_CHARACTERS, MAX_UPLOAD_BYTES
 from ..process import Child
@@ -28,6 +29,9 @@ MAX_FIELDS = 64
 
 UPLOAD_CHUNK_BYTES = 256 * 1024
 """Written at a time, in a thread: a disk may be slow."""
+
+UPLOAD_SECONDS = 600.0
+"""For a form to arrive: the largest file over a poor wireless network."""
 
 DECODE_SECONDS = 120.0
 """For a file of at most MAX_UTTERANCE_SECONDS; seconds are usual."""
@@ -54,7 +58,11 @@ class OpenAI:
     async def transcriptions(self, request: web.Request) -> web.Response:
         """A file in, its text out. `model` may be any name: there is one model."""
         with tempfile.NamedTemporaryFile(prefix="wyoming-qwen-asr-") as file:
-            fields = await _read_form(request, file)
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    fields = await _read_form(request, file)
+            except TimeoutError:
+                raise TimedOut("the form did not arrive in time") from None
             shape = fields.get("response_format") or "json"
             if shape not in FORMATS:
                 raise BadRequest(f"response_format must be one of {', '.join(FORMATS)}", "response_format")
@@ -123,7 +131,7 @@ async def _read_form(request: web.Request, file: IO[bytes]) -> dict[str, str]:
                 size = await _save(part, file)
             else:
                 raise BadRequest("the form has more than one file", "file")
-    except (ValueError, AssertionError):
+    except (ValueError, AssertionError, HttpProcessingError):
         raise BadRequest("the form is broken") from None
     if size is None:
         raise BadRequest("there is no file in the form", "file")

@@ -1,5 +1,7 @@
 """The HTTP sidecar: an aiohttp application on the same engine as Wyoming."""
 
+import logging
+
 from aiohttp import web
 
 from ..engine.engine import Engine
@@ -12,6 +14,8 @@ class HttpServer:
     """`listen`, `close`."""
 
     def __init__(self, engine: Engine) -> None:
+        # It logs a traceback for every request that is not HTTP; faults of ours are logged by the middleware.
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         app = web.Application(middlewares=[error_middleware])
         api = OpenAI(engine)
         app.router.add_get("/health", self._health)
