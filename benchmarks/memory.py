@@ -56,6 +56,7 @@ async def main() -> None:
     measure: dict[str, Callable[[], Awaitable[Memory]]] = {
         "gateway": gateway,
         "gateway --no-http": partial(gateway, "--http=off"),
+        "gateway --zeroconf": partial(gateway, "--uri=tcp://0.0.0.0:0", "--zeroconf"),
         "bare asyncio": bare,
     }
     found: dict[str, list[Memory]] = {name: [] for name in measure}

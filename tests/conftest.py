@@ -139,8 +139,8 @@ async def serving(*flags: str, environ: dict[str, str] | None = None) -> AsyncIt
     )
     server = Server(process)
     try:
-        if "--uri=tcp://127.0.0.1:0" in given:
-            server.port = int((await server.logged(r"tcp://127\.0\.0\.1:(\d+)"))[1])
+        if any(flag.startswith("--uri=tcp://") for flag in (*given, *flags)):
+            server.port = int((await server.logged(r"Wyoming at tcp://\S+:(\d+)"))[1])
         if "--http=127.0.0.1:0" in given:
             server.http = (await server.logged(r"(http://127\.0\.0\.1:\d+)/v1"))[1]
         yield server
