@@ -10,12 +10,10 @@ import resource
 import sys
 from collections.abc import Iterator
 
-from wyoming.event import write_event
-
 from .audio import SAMPLE_RATE
 from .errors import AsrError, BadAudio, ModelUnavailable
-from .events import Failed, SessionAudio, SessionEnd, to_event
-from .process import adopt
+from .events import Failed, SessionAudio, SessionEnd
+from .process import adopt, say
 
 CPU_SECONDS = 60
 """An hour of MP3 takes a few; more is an attack, or a bug."""
@@ -42,12 +40,10 @@ def main() -> int:
     try:
         for pcm in _decode(parser.parse_args().file):
             for at in range(0, len(pcm), CHUNK_BYTES):
-                write_event(to_event(SessionAudio(), payload=pcm[at : at + CHUNK_BYTES]), out)
-        write_event(to_event(SessionEnd()), out)
+                say(out, SessionAudio(), pcm[at : at + CHUNK_BYTES])
+        say(out, SessionEnd())
     except AsrError as error:
-        write_event(to_event(Failed(error.code, str(error))), out)
-    except BrokenPipeError:
-        pass  # enough was heard
+        say(out, Failed(error.code, str(error)))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Both ends of a child process of ours: it speaks events on its stdin and stdout, and dies with its parent.
 
-Parent: `Child.spawn`, `send`, `messages`, `stop`. Child: `adopt()` first of all, then `connect()`.
+Parent: `Child.spawn`, `send`, `messages`, `stop`. Child: `adopt()` first of all, then `say()` or `connect()`.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wyoming.event import Event
+from wyoming.event import write_event as write_now
 
 from .errors import Busy
 from .events import READER_LIMIT, WRITE_SECONDS, Message, read_event, to_event, write_event
@@ -114,6 +115,14 @@ def adopt() -> BinaryIO:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return out
+
+
+def say(out: BinaryIO, message: Message, payload: bytes | None = None) -> None:
+    """In the child, outside of a loop: tell the parent, or leave at once when it is gone."""
+    try:
+        write_now(to_event(message, payload=payload), out)
+    except BrokenPipeError:
+        os._exit(1)
 
 
 async def connect(out: BinaryIO) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

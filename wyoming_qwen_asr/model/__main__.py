@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from wyoming.event import Event
-from wyoming.event import write_event as write_now
 
 from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError
 from ..events import (
+    BadEvent,
     Failed,
     Message,
     Ready,
@@ -33,7 +33,7 @@ from ..events import (
     write_event,
 )
 from ..logs import log_to_stderr
-from ..process import adopt, connect
+from ..process import adopt, connect, say
 
 if TYPE_CHECKING:
     from .network import Network
@@ -57,10 +57,11 @@ def main() -> None:
         network, choices = _load(args)
     except (AsrError, ImportError) as error:
         error = error if isinstance(error, AsrError) else CheckpointError(f"{error}: install the [local] extra")
-        write_now(to_event(Failed(error.code, str(error))), out)
+        say(out, Failed(error.code, str(error)))
         sys.exit(EXIT_CANNOT_LOAD)
-    with contextlib.suppress(ConnectionError):  # the gateway is gone, and so are we in a moment
-        write_now(to_event(Ready(time.monotonic() - began, choices)), out)
+    say(out, Ready(time.monotonic() - began, choices))
+    # A gateway that dies may do so in the middle of an event; we are gone in a moment, too.
+    with contextlib.suppress(ConnectionError, BadEvent):
         asyncio.run(_serve(network, out))
     sys.stderr.flush()
     os._exit(0)  # without waiting for a computation that nobody waits for

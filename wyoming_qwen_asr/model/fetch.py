@@ -16,12 +16,10 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wyoming.event import write_event
-
 from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError, ModelUnavailable
-from ..events import Downloading, Failed, Located, Message, to_event
+from ..events import Downloading, Failed, Located, Message
 from ..logs import log_to_stderr
-from ..process import adopt
+from ..process import adopt, say
 from ..text import LANGUAGES
 from .hardware import pick_model
 
@@ -173,9 +171,7 @@ def main() -> int:
     args = parser.parse_args()
     log_to_stderr(args.log_level)
 
-    def tell(message: Message) -> None:
-        write_event(to_event(message), out)
-
+    tell = partial(say, out)
     try:
         tell(locate(args.model, args.device, args.data_dir, tell))
     except (AsrError, ImportError) as error:
