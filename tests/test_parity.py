@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from wyoming_qwen_asr.model.checkpoint import Tokenizer, open_checkpoint
+from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.decoder import Cache
 from wyoming_qwen_asr.model.encoder import audio_tokens
 from wyoming_qwen_asr.model.features import log_mel
 from wyoming_qwen_asr.model.network import Network, Piece
+from wyoming_qwen_asr.model.tokenizer import Tokenizer
 
 from .network_fixtures import random_checkpoint, recording, recordings, sound, unpack_demo
 

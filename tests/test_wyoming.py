@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 import soxr
@@ -295,8 +296,8 @@ async def test_a_client_that_cannot_be_reached() -> None:
 
 
 async def test_sessions_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
-    """The one too many is told so; the others are served; a place that becomes free is given."""
-    server = await start_server("--no-http")
+    """The one too many is told so, in its own dialect; the others are served; a place that becomes free is given."""
+    server = await start_server()
     clients: list[AsyncTcpClient] = []
     try:
         for _ in range(MAX_SESSIONS + 1):
@@ -306,6 +307,10 @@ async def test_sessions_are_bounded(start_server: StartServer, clear: list[Recor
             await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
             await described(client) if len(clients) <= MAX_SESSIONS else None
         assert await refused(clients[-1]) == "busy"
+        url = f"{server.http}/v1/audio/transcriptions"
+        async with aiohttp.ClientSession() as http, http.post(url, data={"file": clear[0].path.open("rb")}) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "5")
+            assert (await answer.json())["error"]["type"] == "rate_limit_error"
         await clients[0].disconnect()
         for client in clients[1:-1]:
             await client.write_event(AudioStop().event())

@@ -7,8 +7,6 @@ The model answers "language English<asr_text>Hello.<|im_end|>"; where nobody spe
 from .loops import cut_loop, loop_period
 from .tokenizer import Tokenizer
 
-__all__ = ["TAG_TOKENS", "Answer"]
-
 TAG_TOKENS = 16  # a language tag is shorter, even where the tokenizer splits the name
 
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-__all__ = ["CHUNK_FRAMES", "CHUNK_TOKENS", "DecoderConfig", "EncoderConfig", "Shapes"]
-
 CHUNK_FRAMES = 100  # frames (10 ms) that the encoder convolves at once ...
 CHUNK_TOKENS = 13  # ... and the rows that come out
 

@@ -21,8 +21,6 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "DecoderConfig", "EncoderConfig", "Tokenizer", "open_checkpoint"]
-
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PREFIX = "thinker."  # official names put everything under the "thinker" of the Omni family

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from .architecture import DecoderConfig
 from .encoder import bounded
 
-__all__ = ["Cache", "Decoder"]
-
 
 class Cache:
     """Keys and values of several independent sequences, each in a slot of at most `rows` rows.

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from .architecture import CHUNK_FRAMES, CHUNK_TOKENS, EncoderConfig
 
-__all__ = ["Encoder", "audio_tokens", "bounded"]
-
 # Chunks convolved at once. The first layer of the 0.6B model needs 6 MB (fp32) for each: a CPU is faster with few,
 # which stay in its caches, a GPU with many.
 _CONV_BATCH, _CONV_BATCH_CPU = 32, 4

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from ..audio import SAMPLE_RATE
 
-__all__ = ["HOP", "MEL_BINS", "MIN_SAMPLES", "log_mel", "pad_short"]
-
 MEL_BINS = 128
 HOP = 160  # samples per frame: 100 frames a second
 MIN_SAMPLES = SAMPLE_RATE // 2  # the model was not trained on less; shorter clips come back empty or invented

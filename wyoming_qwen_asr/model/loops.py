@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-__all__ = ["cut_loop", "loop_period"]
-
 _TOKENS = 32  # a loop is at least so long: digits, number words and "very, very, very" live
 _REPEATS = 6  # and goes round so often: a chorus lives
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Network", "Piece", "Recognition", "budget"]
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -14,8 +14,6 @@ from typing import Any
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers  # type: ignore[import-untyped]
 from tokenizers import Tokenizer as Backend
 
-__all__ = ["Tokenizer"]
-
 _AUDIO = ("<|audio_start|>", "<|audio_pad|>", "<|audio_end|>")
 _END = ("<|im_end|>", "<|endoftext|>")
 
