@@ -52,9 +52,9 @@ def unpack_demo(folder: Path) -> Path:
 def random_checkpoint(folder: Path, tokenizer: Path, tied: bool = True) -> Path:
     """A checkpoint in the official layout with random weights and the tokenizer of another; returns its folder."""
     folder.mkdir()
-    for name in ("added_tokens.json", "chat_template.json", "generation_config.json", "merges.txt"):
+    for name in ("chat_template.json", "generation_config.json", "merges.txt"):
         shutil.copy(tokenizer / name, folder)
-    for name in ("preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"):
+    for name in ("preprocessor_config.json", "tokenizer_config.json", "vocab.json"):
         shutil.copy(tokenizer / name, folder)
     decoder = replace(DECODER, tie_word_embeddings=tied)
     config = json.loads((tokenizer / "config.json").read_text())

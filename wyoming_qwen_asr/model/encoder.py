@@ -86,7 +86,7 @@ class Encoder(nn.Module):
             homes.append(home)
         size = _CONV_BATCH_CPU if mels[0].is_cpu else _CONV_BATCH
         rows = {
-            width: torch.cat([self._convolve(torch.stack(part)) for part in _slices(batch, size)])
+            width: torch.cat([self._convolve(torch.stack(part)) for part in _slices(batch, size)]).unbind()
             for width, batch in batches.items()
         }
         return [

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 class Piece:
     """A recording to recognise, at most about 30 s, and what is known about it.
 
-    samples [n]: float32 mono at 16 kHz in [-1, 1]. context: words that may occur. language: Qwen's name of the
-    language that is expected. hint: what to do with it. "prefer" lets the model say first whether there is speech at
-    all, then takes the language; "force" takes it at once, and silence may then become words; "ignore" leaves the
-    choice to the model.
+    samples [n]: float32 mono at 16 kHz in [-1, 1]. context: words that may occur; None leaves the system turn out.
+    language: Qwen's name of the language that is expected. hint: what to do with it. "prefer" lets the model say first
+    whether there is speech at all, then takes the language; "force" takes it at once, and silence may then become
+    words; "ignore" leaves the choice to the model.
     """
 
     samples: "Tensor | NDArray[np.float32]"
-    context: str = ""
+    context: str | None = ""
     language: str | None = None
     hint: Literal["prefer", "force", "ignore"] = "prefer"
 

@@ -26,6 +26,20 @@ _CUTS = (
 _UNFINISHED = "\ufffd"  # what the byte-level decoder puts for bytes that are not (yet) a character
 
 
+def byte_level(bpe: models.BPE) -> Backend:
+    """The BPE behind Qwen2's normaliser and pre-tokenizer."""
+    backend = Backend(bpe)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CUTS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 class Tokenizer:
     """Text to ids and back, and the prompt around a recording.
 
@@ -70,25 +84,15 @@ class Tokenizer:
         if not pairs:
             raise ValueError("merges.txt is empty")
         try:
-            backend = Backend(
-                models.BPE(
-                    dict(vocab),
-                    [(left, right) for left, right in pairs],
-                    continuing_subword_prefix="",
-                    end_of_word_suffix="",
-                )
+            bpe = models.BPE(
+                dict(vocab),
+                [(left, right) for left, right in pairs],
+                continuing_subword_prefix="",
+                end_of_word_suffix="",
             )
         except Exception as error:
             raise ValueError("vocab.json and merges.txt do not belong together") from error
-        backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_CUTS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
-        return cls(backend, added, end_ids)
+        return cls(byte_level(bpe), added, end_ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; what looks like a special token in it stays text. Lone surrogates become "?"."""
@@ -106,15 +110,17 @@ class Tokenizer:
         """Ids of "language X<asr_text>", what the model writes before the text; X is Qwen's name, as "English"."""
         return [*self.encode(f"language {language}"), self.asr_text]
 
-    def prompt(self, audio_tokens: int, context: str = "", language: str | None = None) -> list[int]:
+    def prompt(self, audio_tokens: int, context: str | None = "", language: str | None = None) -> list[int]:
         """Ids of the chat up to the model's answer, with `audio_tokens` places for the encoder's rows.
 
         The turns are those of the chat template that qwen-asr 0.0.6 fills: the context is the system turn, which
-        is there even when empty, and the recording is the user turn. A `language` (Qwen's name) is forced:
+        is there even when empty, and the recording is the user turn. The context None leaves the system turn out, as
+        other servers do (vLLM's transcription endpoint). A `language` (Qwen's name) is forced:
         its tag is put in the model's mouth.
         """
+        system = (self.im_start, *self.encode(f"system\n{context}"), self.im_end, *self.encode("\n"))
         return [
-            *(self.im_start, *self.encode(f"system\n{context}"), self.im_end, *self.encode("\n")),
+            *(system if context is not None else ()),
             *(self.im_start, *self.encode("user\n")),
             *(self.audio_start, *[self.audio_pad] * audio_tokens, self.audio_end),
             *(self.im_end, *self.encode("\n")),
