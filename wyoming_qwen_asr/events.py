@@ -200,6 +200,14 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Working:
+    """A sign of progress: a unit of work is done. Said when the sessions change, and at most once a second besides."""
+
+    sessions: list[int]
+    """Those that are being computed together from now on; empty when there is nothing to do."""
+
+
+@dataclass(frozen=True)
 class Downloading:
     done: int
     """Bytes."""
@@ -232,6 +240,7 @@ Message = (
     | Result
     | SessionError
     | Ready
+    | Working
     | Downloading
     | Located
     | Failed
