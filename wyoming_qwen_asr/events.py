@@ -121,6 +121,8 @@ class SessionStart:
     """The language of the segments before, as a Qwen name, when this is a replay."""
     offset: float = 0.0
     """Seconds of the session that came before this audio (a replay starts late)."""
+    live: bool = True
+    """Somebody is speaking and waits: this goes before files."""
 
 
 @dataclass(frozen=True)

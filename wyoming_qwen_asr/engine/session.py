@@ -66,6 +66,8 @@ class SessionOptions:
     """Qwen's name; None to detect."""
     context: str = ""
     """Names and terms the speaker is likely to use."""
+    live: bool = True
+    """Somebody is speaking and waits; a file is computed when no such session has work to do."""
 
 
 class Session:
@@ -219,7 +221,8 @@ class Session:
             language = options.language if options.language in languages else None
             offset = self._base / form.bytes_per_second
             return SessionStart(
-                *(form.rate, form.width, form.channels, language, self._hint, options.context, self._language, offset)
+                *(form.rate, form.width, form.channels, language, self._hint, options.context),
+                *(self._language, offset, options.live),
             ), None
         unsent = self._fed - self._sent
         ended = self._ended_at is not None

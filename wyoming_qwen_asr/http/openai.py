@@ -85,7 +85,7 @@ def _options(fields: dict[str, str]) -> SessionOptions:
     language = language_name(hint)
     if hint not in ("", "auto") and not language:
         raise BadRequest("language is none that Qwen3-ASR knows", "language")
-    return SessionOptions(AudioFormat(), language, fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS])
+    return SessionOptions(AudioFormat(), language, fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS], live=False)
 
 
 async def _feed(session: Session, path: str) -> None:
