@@ -96,6 +96,7 @@ async def _serve(network: "Network", out: BinaryIO) -> None:
     from .scheduler import Scheduler
 
     reader, writer = await connect(out)
+    writer.transport.set_write_buffer_limits(0)  # `emit` returns when the pipe has it all
 
     async def emit(message: Message, session: int) -> None:
         await write_event(writer, to_event(message, session))
