@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import os
 import re
 import wave
+from pathlib import Path
 
 import aiohttp
 import psutil
@@ -15,6 +17,8 @@ from wyoming_qwen_asr.engine.record import Record
 from wyoming_qwen_asr.metrics import Metrics
 
 from .conftest import SECONDS, Recording, Server, StartServer, metric, serving, transcribe
+
+ROOT = Path(__file__).parent.parent
 
 LINE = re.compile(r"utterance (?P<pairs>id=\d+ .*)")
 
@@ -216,3 +220,38 @@ def _wav(pcm: bytes) -> io.BytesIO:
         out.writeframes(pcm)
     file.seek(0)
     return file
+
+
+async def test_ready_while_downloading(start_server: StartServer, tmp_path: Path) -> None:
+    """And while that fails, as here, where nobody answers: alive, but an utterance would get an error."""
+    environ = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    server = await start_server("--model=org/model", f"--data-dir={tmp_path}", environ=environ)
+    await server.logged("trying again")
+    status, answer, retry = await ready(server)
+    assert (status, answer["state"], retry) == (503, "downloading", "5")
+    assert answer["reason"]
+
+
+async def test_ready_when_the_model_keeps_failing(clear: list[Recording], tmp_path: Path) -> None:
+    """Refused at once, over both protocols, with the time after which another try makes sense; /health says why."""
+    (tmp_path / "load").write_text("exit3")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_MODEL": str(tmp_path)}
+    async with serving(environ=environ, module="tests.fake_server") as server:
+        url = f"{server.http}/v1/audio/transcriptions"
+        async with aiohttp.ClientSession() as http:
+            for _ in range(2):
+                async with http.post(url, data={"file": clear[0].path.open("rb")}) as refused:
+                    assert refused.status == 503
+                    assert int(refused.headers["Retry-After"]) >= 1
+                    assert (await refused.json())["error"]["code"] == "model-unavailable"
+            status, answer, _ = await ready(server)
+            assert (status, answer["state"]) == (503, "broken")
+            async with http.get(f"{server.http}/health") as health:
+                assert health.status == 200
+                assert "cannot load" in (await health.json())["last_fault"]
+        async with server.client() as client:
+            await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+            event = await asyncio.wait_for(client.read_event(), SECONDS)
+            assert event is not None
+            assert event.data["code"] == "model-unavailable"
+        assert await metric(server, "qwen_asr_refusals_total", code="model-unavailable") == 3
