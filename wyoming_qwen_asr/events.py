@@ -289,4 +289,5 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_is_of(each, *get_args(hint)) for each in value)
     if get_origin(hint) is UnionType:
         return any(_is_of(value, each) for each in get_args(hint))
-    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
+    right = isinstance(value, (int, float) if hint is float else hint)
+    return right and isinstance(value, bool) == (hint is bool)  # bool is an int to Python

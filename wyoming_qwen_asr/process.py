@@ -77,6 +77,18 @@ class Child:
         self.asked_to_leave = True
         self._stdin.close()
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has closed its end, by dying or otherwise, and all it said is read."""
+        return self._stdout.at_eof()
+
+    def dump(self) -> None:
+        """Have it write its stacks to stderr: `faulthandler.register(SIGUSR1)` is for the child to do. One that has not
+        come so far dies of it."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)
+
     def kill(self) -> None:
         """SIGKILL for the child and whatever it started."""
         if self._process.returncode is None:
