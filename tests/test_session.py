@@ -12,7 +12,14 @@ from wyoming_qwen_asr.engine.replay import Tries
 from wyoming_qwen_asr.engine.session import Session, SessionOptions
 from wyoming_qwen_asr.errors import BadRequest, ModelFailed, TimedOut
 from wyoming_qwen_asr.events import Final, Partial, Segment, SessionAudio, SessionEnd, SessionError, SessionStart
-from wyoming_qwen_asr.limits import MAX_REPLAYS, MAX_UNCONFIRMED_SECONDS, REPLAY_SECONDS
+from wyoming_qwen_asr.limits import (
+    MAX_PIECE_SECONDS,
+    MAX_REPLAYS,
+    MAX_RETAINED_BYTES,
+    MAX_UNCONFIRMED_FILE_SECONDS,
+    MAX_UNCONFIRMED_SECONDS,
+    REPLAY_SECONDS,
+)
 from wyoming_qwen_asr.model.resample import Resampler
 from wyoming_qwen_asr.model.scheduler import _hint, _Stream
 
@@ -333,6 +340,31 @@ async def test_bounds() -> None:
         session.deliver(Partial("x", ""))
     with pytest.raises(TimedOut):
         await session.final()
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("live", "others", "seconds"),
+    [
+        (True, 0, MAX_UNCONFIRMED_SECONDS),
+        (False, 0, MAX_UNCONFIRMED_FILE_SECONDS),
+        (True, MAX_RETAINED_BYTES + 1, MAX_PIECE_SECONDS),
+        (True, MAX_RETAINED_BYTES // 2 + 1, MAX_UNCONFIRMED_SECONDS),
+        (False, MAX_RETAINED_BYTES // 2 + 1, MAX_PIECE_SECONDS),
+    ],
+)
+async def test_how_far_audio_may_be_ahead(live: bool, others: int, seconds: float) -> None:
+    """Of a file further, but less when others need the memory; a piece may always be, or nothing would ever get on."""
+    options = SessionOptions(AudioFormat(), live=live)
+    session = Session(1, options, "prefer", lambda: None, lambda _: None, lambda: others)
+    await session.feed(pcm(seconds))
+    await asyncio.wait_for(session.feed(pcm(0.1)), 5)
+    more = asyncio.create_task(session.feed(b"1234"))
+    await asyncio.sleep(0.1)
+    assert not more.done()
+    session.fail(TimedOut("enough"))
+    with pytest.raises(TimedOut):
+        await more
     session.close()
 
 

@@ -11,13 +11,16 @@ MAX_UNCONFIRMED_SECONDS = 60.0
 """Audio of one session whose text is not delivered yet: twice what the model recognises as a whole. Who is further
 ahead is read no more until the model has caught up; what the client cannot send, it keeps, so nothing is lost."""
 
+MAX_UNCONFIRMED_FILE_SECONDS = 160.0
+"""The same of a file, which is ahead from the start: eight pieces of 20 s, so that they are computed as one batch."""
+
 MAX_PIECE_SECONDS = 30.0
 """What the model recognises as a whole at most: any session may always be this far ahead, or it would never come to a
 segment that makes room again."""
 
 MAX_RETAINED_BYTES = 64 * 1024 * 1024
 """Audio of all sessions together: twice sixteen sessions that are 60 s ahead at 16 kHz. Beyond it none gets further
-ahead than a piece, and no new one begins."""
+ahead than a piece, and no new one begins. For files half of it counts: they take no room from those who speak."""
 
 MAX_WAITING = 16
 """Uploads that may wait for one of the places that files have; the next one is told to come again. They are not read

@@ -39,6 +39,7 @@ from ..limits import (
     FINAL_SECONDS,
     MAX_PIECE_SECONDS,
     MAX_RETAINED_BYTES,
+    MAX_UNCONFIRMED_FILE_SECONDS,
     MAX_UNCONFIRMED_SECONDS,
     MAX_UTTERANCE_SECONDS,
     OPEN_SECONDS,
@@ -309,8 +310,10 @@ class Session:
 
     def _far_ahead(self) -> bool:
         """Whether the model should catch up before more audio is taken."""
-        crowded = self._retained_in_all() > MAX_RETAINED_BYTES
-        return self.pending > (MAX_PIECE_SECONDS if crowded else MAX_UNCONFIRMED_SECONDS)
+        live = self._options.live
+        if self._retained_in_all() > (MAX_RETAINED_BYTES if live else MAX_RETAINED_BYTES // 2):
+            return self.pending > MAX_PIECE_SECONDS
+        return self.pending > (MAX_UNCONFIRMED_SECONDS if live else MAX_UNCONFIRMED_FILE_SECONDS)
 
     def _forget(self, seconds: float) -> None:
         """Drop the audio before this time of the session, in whole frames."""
