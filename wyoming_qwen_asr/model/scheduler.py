@@ -266,14 +266,14 @@ class Scheduler:
         """The segments of a session that are done, in their order."""
         stream = self._streams[number]
         while number in self._streams and stream.parts and (result := stream.parts[0].result):
-            samples = len(stream.parts.popleft().piece.samples)
             if result.looped or result.truncated:
                 _LOGGER.warning("Session %d: the model %s", number, "repeated itself" if result.looped else "ran on")
             begin = stream.start.offset + stream.done / SAMPLE_RATE
-            stream.done += samples
+            stream.done += len(stream.parts.popleft().piece.samples)
+            end = stream.start.offset + stream.done / SAMPLE_RATE
             stream.language = stream.language or result.language
             stream.texts.append(result.text)
-            await self._emit(Segment(result.text, result.language, begin, begin + samples / SAMPLE_RATE), number)
+            await self._emit(Segment(result.text, result.language, begin, end), number)
 
     async def _finish(self) -> None:
         """The finals of the sessions that are over."""
