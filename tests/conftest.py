@@ -87,7 +87,8 @@ class Server:
         return found[-1]
 
     def model_process(self) -> psutil.Process:
-        """The model process there is now."""
+        """The model process there is now, or is about to be: what it runs shows a moment after it is started."""
+        wait_until(lambda: bool(self.children("wyoming_qwen_asr.model")))
         (found,) = self.children("wyoming_qwen_asr.model")
         return found
 
