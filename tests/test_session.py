@@ -355,7 +355,7 @@ async def test_bounds() -> None:
 )
 async def test_how_far_audio_may_be_ahead(live: bool, others: int, seconds: float) -> None:
     """Of a file further, but less when others need the memory; a piece may always be, or nothing would ever get on."""
-    options = SessionOptions(AudioFormat(), live=live)
+    options = SessionOptions(FORM, live=live)
     session = Session(1, options, "prefer", lambda: None, lambda _: None, lambda: others)
     await session.feed(pcm(seconds))
     await asyncio.wait_for(session.feed(pcm(0.1)), 5)
