@@ -232,8 +232,7 @@ async def test_no_orphan(start_server: StartServer, clear: list[Recording]) -> N
 
 
 async def test_weights_that_break_later(start_server: StartServer, clear: list[Recording], tmp_path: Path) -> None:
-    """Verified at the start, gone when needed: an error for each utterance, with the reason, and no restart in circles.
-    """
+    """Verified at the start, gone when needed: an error for each utterance, with the reason; no restart in circles."""
     with zipfile.ZipFile(DEMO) as archive:
         archive.extractall(tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -256,10 +256,10 @@ async def test_the_second_strike_fails() -> None:
     await session.feed(pcm(1))
     taken(session)
     session.restart(struck=True)
-    assert session.suspect
+    assert session.tries.suspect
     taken(session)
-    session.acquit(proven=True)
-    assert not session.suspect
+    session.tries.acquit(proven=True)
+    assert not session.tries.suspect
     for _ in range(2):
         taken(session)
         session.restart(struck=True)

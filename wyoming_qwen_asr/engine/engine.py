@@ -233,7 +233,9 @@ class Engine:
         elif cause and cause is not Cause.KILLED:
             self._breaker.fault(now, f"the model process keeps failing ({cause})")
         for session in self._sessions.values():
-            if session.given and not session.finished:
+            if not session.given:
+                session.record.loading(True)
+            elif not session.finished:
                 struck = cause is not None and cause.strikes and session.number in life.working
                 self._metrics.strikes.inc(struck)
                 session.restart(struck=struck)

@@ -107,7 +107,7 @@ class Life:
         """A suspect that was computed and now is not, has come through."""
         for number in set(self.working) - set(working):
             if (session := self._sessions.get(number)) and session.all_sent:
-                session.acquit(proven=True)
+                session.tries.acquit(proven=True)
         self.working = working
         self._news.set()
 
@@ -123,7 +123,7 @@ class Life:
                 for session in self._admitted():
                     if outgoing := session.outgoing(languages):
                         message, payload = outgoing
-                        if isinstance(message, SessionStart) and session.suspect:
+                        if isinstance(message, SessionStart) and session.tries.suspect:
                             asyncio.get_running_loop().call_later(self._patience.alone, self._release, session)
                         await child.send(message, session.number, payload, self._patience.hang)
                         said = True
@@ -137,13 +137,13 @@ class Life:
     def _admitted(self) -> list[Session]:
         """Whose audio may be computed now: while there are suspects, one of them alone. So who is to blame shows, and
         poisoned audio takes nobody with it twice."""
-        suspects = (session for session in self._sessions.values() if session.suspect and not session.finished)
+        suspects = (each for each in self._sessions.values() if each.tries.suspect and not each.finished)
         return list(islice(suspects, 1)) or list(self._sessions.values())
 
     def _release(self, session: Session) -> None:
         """It has kept the others waiting for long enough."""
         if not self._over:
-            session.acquit(proven=False)
+            session.tries.acquit(proven=False)
             self._news.set()
 
     async def _watch(self, child: Child) -> None:
@@ -181,10 +181,11 @@ class Life:
         meanwhile only slept, with all of the machine perhaps, and may go on."""
         heard = self._heard
         _LOGGER.error("The model process %s", what)
+        self._verdict = Cause.HANG  # before the signal: a process that has not come far dies of it
         child.dump()
         await asyncio.sleep(self._patience.dump)
         if spare and self._heard > heard:
             _LOGGER.warning("The model process goes on")
-            return
-        self._verdict = Cause.HANG
-        child.kill()
+            self._verdict = None
+        else:
+            child.kill()

@@ -40,7 +40,8 @@ class Tries:
         self.replays = 0
         self.strikes = 0
         self.suspect = False
-        """It was computed when a model process crashed, hung or ran out of memory, and has not come through since."""
+        """It was computed when a model process crashed, hung or ran out of memory, and has not come through since, so
+        it is computed alone."""
         self._seconds = 0.0
         self._since: float | None = None
 

@@ -109,7 +109,7 @@ class Session:
         self._sent: int | None = None  # bytes the present model process has; None before its SessionStart
         self.end_sent: float | None = None
         """When the present model process was told that no more audio comes, by the loop's clock."""
-        self._tries = Tries()
+        self.tries = Tries()
         self._cursor = Cursor()
         self._texts: list[str] = []  # of delivered segments
         self._kept = 0  # how many of them came from model processes that are gone
@@ -194,7 +194,7 @@ class Session:
                 self._texts.append(message.text)
                 self._language = self._language or message.language
                 self._cursor.segment()
-                self.acquit(proven=True)
+                self.tries.acquit(proven=True)
                 self._forget(message.end)
             case Final():
                 text = join([*self._texts[: self._kept], message.text])
@@ -233,19 +233,10 @@ class Session:
         self._sent = self.end_sent = None
         self._kept = len(self._texts)
         self._cursor.restart()
-        if error := self._tries.died(asyncio.get_running_loop().time(), struck=struck):
+        if error := self.tries.died(asyncio.get_running_loop().time(), struck=struck):
             self.fail(error)
         else:
             self.record.replayed()
-
-    def acquit(self, *, proven: bool) -> None:
-        """It is no suspect any more, see `Tries.acquit`."""
-        self._tries.acquit(proven=proven)
-
-    @property
-    def suspect(self) -> bool:
-        """Whether it has to be computed alone, because a model process failed over it and perhaps others."""
-        return self._tries.suspect
 
     @property
     def given(self) -> bool:
@@ -273,7 +264,7 @@ class Session:
             return None
         if self._sent is None:
             self._sent = self._base
-            self._tries.begin(asyncio.get_running_loop().time())
+            self.tries.begin(asyncio.get_running_loop().time())
             language = options.language if options.language in languages else None
             offset = self._base / form.bytes_per_second
             return SessionStart(
