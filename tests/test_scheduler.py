@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -35,6 +35,10 @@ from wyoming_qwen_asr.text import join
 from .conftest import DEMO, SECONDS, load_recordings
 
 SAID = [recording.pcm for recording in load_recordings()]
+ENGLISH, GERMAN = (
+    b"".join(recording.pcm for recording in load_recordings() if recording.language == language)[: 12 * 32_000]
+    for language in ("en", "de")
+)
 SILENCE = bytes(14 * SAMPLE_RATE)
 LONG = b"".join(SAID)
 """50 s: two pieces, of three windows and more."""
@@ -353,6 +357,20 @@ def test_a_cancelled_session_costs_no_further_unit(short_cuts: None, at: int, li
     check(stage, talks)
 
 
+def test_a_session_cancelled_in_its_last_unit() -> None:
+    """Its text is there, but nobody waits for it."""
+    at = 0
+    for _ in range(2):
+        stage = Stage()
+        stage.talk(1, Talk(SAID[3]))
+        stage.talk(2, Talk(SAID[5]))
+        if at:
+            stage.cancel(2, at=at)
+        at = stage.play().of(2)[-1]
+    assert stage.ends() == {1: [plain(Talk(SAID[3]))]}
+    assert {session for session, message in stage.said() if isinstance(message, Segment)} == {1}
+
+
 def test_audio_for_a_session_that_is_gone() -> None:
     stage = Stage()
     stage.talk(1, Talk(SAID[3]))
@@ -421,7 +439,9 @@ def test_later_pieces_expect_the_language_of_the_first_with_speech(
     short_cuts: None, language: str | None, hint: Hint
 ) -> None:
     """However soon they could begin: the texts are those of one piece after another."""
-    talk = Talk(SILENCE * 7 + LONG[600_000:1_400_000], False, language, hint)
+    talk = Talk(SILENCE * 2 + ENGLISH + GERMAN + ENGLISH, False, language, hint)
+    if language is None:
+        assert (plain(talk) == plain(replace(talk, hint="ignore"))) == (hint == "ignore"), "it matters"
     stage = Stage()
     stage.talk(1, talk)
     check(stage.play(), {1: talk})
@@ -486,6 +506,23 @@ def test_an_error_is_its_session_s_alone(
     last = stage.computed()[stage.of(2)[-1] - 1]
     assert last.sessions == [2], "tried alone"
     assert (0, Working([2])) in stage.log, "and named alone"
+
+
+def test_a_suspect_that_is_cancelled_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [plain(Talk(SAID[8]))]
+    poison(monkeypatch, "decode", RuntimeError("broken"))
+    failed = 0
+    for _ in range(2):
+        stage = Stage()
+        for number, context in ((1, ""), (2, "poison"), (3, "")):
+            stage.talk(number, Talk(SAID[8], context=context))
+        if failed:
+            stage.cancel(1, at=failed)
+        units = stage.play().computed()
+        failed = failed or next(i for i, unit in enumerate(units, 1) if unit == Unit("decode", [1, 2]))
+    assert stage.of(1)[-1] == failed
+    assert stage.ends()[3] == expected
+    assert isinstance(stage.ends()[2][0], SessionError)
 
 
 def test_a_context_that_is_too_long() -> None:
