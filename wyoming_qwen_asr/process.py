@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import stat
 import sys
@@ -118,9 +119,10 @@ class Child:
 def adopt() -> BinaryIO:
     """In the child, before anything heavy: die with the parent, be killed first when memory runs out, and keep
     the real stdout for events alone. Returns it; what libraries print goes to stderr."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    stdin = select.poll()
+    stdin.register(0, 0)  # a hang-up is always told
+    if stdin.poll(0):  # the parent died before the line above, perhaps before we began
         sys.exit(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("800")
