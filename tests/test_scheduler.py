@@ -36,9 +36,12 @@ from .conftest import DEMO, SECONDS, load_recordings
 
 SAID = [recording.pcm for recording in load_recordings()]
 ENGLISH, GERMAN = (
-    b"".join(recording.pcm for recording in load_recordings() if recording.language == language)[: 12 * 32_000]
+    next(r.pcm for r in load_recordings() if r.language == language and 64_000 < len(r.pcm) < 92_800).ljust(
+        102_400, b"\0"
+    )
     for language in ("en", "de")
 )
+"""3.2 s with silence behind: a piece each, when cuts are short."""
 SILENCE = bytes(14 * SAMPLE_RATE)
 LONG = b"".join(SAID)
 """50 s: two pieces, of three windows and more."""
@@ -439,7 +442,7 @@ def test_later_pieces_expect_the_language_of_the_first_with_speech(
     short_cuts: None, language: str | None, hint: Hint
 ) -> None:
     """However soon they could begin: the texts are those of one piece after another."""
-    talk = Talk(SILENCE * 2 + ENGLISH + GERMAN + ENGLISH, False, language, hint)
+    talk = Talk(SILENCE + ENGLISH + GERMAN + ENGLISH + GERMAN, False, language, hint)
     if language is None:
         assert (plain(talk) == plain(replace(talk, hint="ignore"))) == (hint == "ignore"), "it matters"
     stage = Stage()
@@ -647,3 +650,30 @@ def test_jobs_may_come_and_go_at_any_step(data: st.DataObject) -> None:
         batch.retain(wanted.values())
     assert not batch.jobs
     assert not batch.cache.lengths
+
+
+def test_a_failed_step_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some have taken their token, others have not: the latter read their last one again, and only once."""
+    pieces = [Piece(floats(SAID[i])) for i in (3, 5, 8)]
+    batch = Batch(network())
+    jobs = [network().hear(piece) for piece in pieces]
+    for job in jobs:
+        network().encode(job)
+        batch.prefill(job)
+    batch.decode(jobs)
+    with monkeypatch.context() as patch:
+        take = Answer.take
+
+        def taken(self: Answer, token: int) -> None:
+            if self is jobs[1].answer:
+                raise RuntimeError("broken")
+            take(self, token)
+
+        patch.setattr(Answer, "take", taken)
+        with pytest.raises(RuntimeError, match="broken"):
+            batch.decode(jobs)
+    while not all(job.answer.done for job in jobs):
+        batch.decode(jobs)
+        for slot, job in enumerate(batch.jobs):
+            assert job.answer.done or batch.cache.lengths[slot] == job.prompt_rows + job.answer.kept
+    assert [job.result for job in jobs] == [network().recognise([piece])[0] for piece in pieces]
