@@ -1,6 +1,8 @@
-"""Does `describe` stay quick while the model loads and while it works? Round trips against those of an idle server."""
+"""Does `describe` stay quick while the model loads, while it works, and while hundreds of connections are held open?
+Round trips against those of an idle server."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -20,6 +22,7 @@ WARM_UP = 300
 LOADS = 3
 """At least; a slow load gives more of them."""
 STREAMS = 8
+SILENT = 400
 
 
 def describe(port: int) -> float:
@@ -55,8 +58,8 @@ async def loading(server: Server, count: int) -> tuple[list[float], int]:
         async with server.client() as client:
             for event in (Transcribe().event(), AudioStart(*form).event(), AudioChunk(*form, pcm).event()):
                 await client.write_event(event)
-            before = after = "idle"
-            while after != "ready":
+            before = after = "absent"
+            while after not in ("ready", "busy"):
                 before, one = after, (await describes(server, 1))[0]
                 after = await asyncio.to_thread(state, server)
                 if before == after == "loading":
@@ -64,7 +67,7 @@ async def loading(server: Server, count: int) -> tuple[list[float], int]:
             await client.write_event(AudioStop().event())
             await transcript_of(client)
         server.model_process().kill()
-        await asyncio.to_thread(wait_until, lambda: state(server) == "idle")
+        await asyncio.to_thread(wait_until, lambda: state(server) == "absent")
     return taken, loads
 
 
@@ -83,6 +86,30 @@ async def transcribing(server: Server, count: int) -> list[float]:
         await load.wait()
 
 
+async def crowded(server: Server, count: int) -> list[float]:
+    """While somebody holds silent connections, far more than there may be, and opens each anew that is closed."""
+    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(SILENT)]
+
+    async def hold(number: int) -> None:
+        while True:
+            reader, writer = silent[number]
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+            await asyncio.sleep(1)
+            silent[number] = await asyncio.open_connection("127.0.0.1", server.port)
+
+    holding = [asyncio.create_task(hold(number)) for number in range(SILENT)]
+    try:
+        return await describes(server, count)
+    finally:
+        for task in holding:
+            task.cancel()
+        await asyncio.wait(holding)
+        for _, writer in silent:
+            writer.close()
+
+
 async def main() -> None:
     async with measured() as server:
         await describes(server, WARM_UP)
@@ -90,6 +117,7 @@ async def main() -> None:
         during_load, loads = await loading(server, COUNT)
         during_work = await transcribing(server, COUNT)
         idle_again = await describes(server, COUNT)
+        during_siege = await crowded(server, COUNT)
 
     p50, p99 = percentile(idle, 50), percentile(idle, 99)
     table(
@@ -104,6 +132,7 @@ async def main() -> None:
                 (f"loading ({loads} loads)", during_load),
                 (f"transcribing ({STREAMS} streams)", during_work),
                 ("idle, model loaded", idle_again),
+                (f"{SILENT} silent connections", during_siege),
             )
         ],
     )

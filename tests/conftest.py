@@ -1,6 +1,7 @@
 """Shared by all tests: the recordings, the demo checkpoint, and real servers as real processes."""
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncClient, AsyncTcpClient
@@ -85,16 +87,19 @@ class Server:
         return found[-1]
 
     def model_process(self) -> psutil.Process:
-        """The model process there is now."""
+        """The model process there is now, or is about to be: what it runs shows a moment after it is started."""
+        wait_until(lambda: bool(self.children("wyoming_qwen_asr.model")))
         (found,) = self.children("wyoming_qwen_asr.model")
         return found
 
     def children(self, module: str) -> list[psutil.Process]:
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if module in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
-        ]
+        """Those that run a module of ours; each has a title once it has begun."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if runs(child, module) and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+        return found
 
     async def kill(self) -> None:
         """SIGKILL, as the OOM killer or a user does it."""
@@ -122,15 +127,23 @@ class Server:
         return AsyncTcpClient("127.0.0.1", self.port)
 
 
+def runs(process: psutil.Process, module: str) -> bool:
+    """Whether it runs this module, by its command line or, once it has one, its title. Raises psutil.NoSuchProcess."""
+    words = " ".join(process.cmdline()).split()
+    return module in words or words[:2] == ["wyoming-qwen-asr:", module.rpartition(".")[2]]
+
+
 @asynccontextmanager
-async def serving(*flags: str, environ: dict[str, str] | None = None) -> AsyncIterator[Server]:
+async def serving(
+    *flags: str, environ: dict[str, str] | None = None, module: str = "wyoming_qwen_asr"
+) -> AsyncIterator[Server]:
     """A server on free ports with the demo model in float32, unless the flags say otherwise."""
     defaults = {"--uri": "tcp://127.0.0.1:0", "--http": "127.0.0.1:0", "--model": "demo", "--dtype": "float32"}
     if "--no-http" in flags:
         del defaults["--http"]
     given = [f"{flag}={value}" for flag, value in defaults.items() if not any(f.startswith(flag) for f in flags)]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "wyoming_qwen_asr", *given, *flags),
+        *(sys.executable, "-m", module, *given, *flags),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -206,6 +219,14 @@ async def open_sessions(server: Server) -> int:
     """As /health tells it."""
     async with aiohttp.ClientSession() as http, http.get(f"{server.http}/health") as response:
         return int((await response.json())["sessions"])
+
+
+async def metric(server: Server, name: str, **labels: str) -> float:
+    """A sample of /metrics; 0 when there is none."""
+    async with aiohttp.ClientSession() as http, http.get(f"{server.http}/metrics") as response:
+        families = text_string_to_metric_families(await response.text())
+    samples = [sample for family in families for sample in family.samples]
+    return sum(each.value for each in samples if each.name == name and labels.items() <= each.labels.items())
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

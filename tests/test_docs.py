@@ -41,9 +41,9 @@ def test_this_version_is_in_the_changelog() -> None:
     assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_gateway_needs_four_packages_and_no_gpl() -> None:
+def test_the_gateway_needs_six_packages_and_no_gpl() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = [re.split(r"[<>=]", requirement)[0] for requirement in project["dependencies"]]
-    assert names == ["wyoming", "aiohttp", "zeroconf", "pyyaml"]
+    assert names == ["wyoming", "aiohttp", "zeroconf", "pyyaml", "prometheus-client", "setproctitle"]
     with_pysrt = [extra for extra, needs in project["optional-dependencies"].items() if "pysrt" in " ".join(needs)]
     assert with_pysrt == ["subtitles"]

@@ -259,7 +259,7 @@ def test_messages_pass_the_pipe(message: Message, session: int | None, payload: 
 
 
 def test_every_message_has_a_type_of_its_own() -> None:
-    assert len(MESSAGES) == len(events._MESSAGES) == 14
+    assert len(MESSAGES) == len(events._MESSAGES) == 15
     assert to_event(Final("", None)).type == "final"
     assert to_event(SessionStart(16000, 2, 1, None, "prefer", "")).type == "session-start"
 

@@ -1,21 +1,27 @@
 """The file endpoint, by the official client and by hand."""
 
 import asyncio
+import contextlib
 import io
+import re
 import struct
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import aiohttp
 import numpy as np
 import openai
 import pytest
 import soundfile
-from aiohttp import FormData
+from aiohttp import FormData, web
 
-from wyoming_qwen_asr.limits import MAX_UPLOAD_BYTES
+from wyoming_qwen_asr.http.connections import Connections
+from wyoming_qwen_asr.limits import MAX_UPLOAD_BYTES, MAX_WAITING
+from wyoming_qwen_asr.metrics import Metrics
 
-from .conftest import Recording, Server, StartServer, open_sessions
+from .conftest import SECONDS, Recording, Server, StartServer, metric, open_sessions, transcribe
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +238,135 @@ async def test_models_and_health(client: openai.AsyncOpenAI, server: Server) -> 
         health = await response.json()
     assert health["status"] == "ok"
     assert health["model"] == "demo"
-    assert health["state"] in ("idle", "loading", "ready")
+    assert health["state"] in ("absent", "loading", "ready", "busy")
     assert health["sessions"] == 0
+    assert health["last_fault"] is None
 
 
 async def test_no_http(start_server: StartServer) -> None:
     server = await start_server("--no-http")
     assert "API" not in server.log
+
+
+def upload(recording: Recording) -> bytes:
+    """A request with a file."""
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    body += recording.path.read_bytes() + b"\r\n--b--\r\n"
+    head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def connected(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection(*server.http.removeprefix("http://").split(":"))
+
+
+async def answered(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Status and header of the answer that comes next."""
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SECONDS)).decode()
+    status, *lines = head.strip().split("\r\n")
+    return int(status.split()[1]), dict(line.split(": ", 1) for line in lines)
+
+
+async def test_the_waiting_room(start_server: StartServer, clear: list[Recording]) -> None:
+    """Files have half of the sessions; so many may wait for that, the next one is told to come again."""
+    server = await start_server("--max-sessions=2")
+    async with AsyncExitStack() as stack:
+
+        async def send(request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await connected(server)
+            stack.callback(writer.close)
+            writer.write(request)
+            await writer.drain()
+            return reader, writer
+
+        whole, missing = upload(clear[0]), 1000
+        _, slow = await send(whole[:-missing])
+        await asyncio.sleep(0.3)
+        waiting = [await send(whole) for _ in range(MAX_WAITING)]
+        await asyncio.sleep(0.3)
+        reader, _ = await send(whole)
+        status, header = await answered(reader)
+        assert (status, header["Retry-After"]) == (429, "5")
+        assert (await transcribe(server, clear[1].pcm)).text == clear[1].text  # the other half
+        slow.write(whole[-missing:])
+        for reader, _ in waiting:
+            assert (await answered(reader))[0] == 200
+
+
+async def test_silent_connections_give_way(start_server: StartServer, clear: list[Recording]) -> None:
+    """Who says nothing, half a header, or reads no answer; not who has a request."""
+    server = await start_server("--max-connections=4")
+    slow_reader, slow = await connected(server)
+    request = upload(clear[0])
+    slow.write(request[:-1000])
+    await slow.drain()
+    await asyncio.sleep(0.3)  # now it has a request
+    silent = [await connected(server) for _ in range(100)]
+    for _, writer in silent:
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET /health HTTP/1.1\r\n")
+            await writer.drain()
+    assert await open_sessions(server) == 0
+    assert await metric(server, "qwen_asr_http_connections") <= 4
+    assert await metric(server, "qwen_asr_connections_gave_way_total") >= 96
+    slow.write(request[-1000:])
+    assert (await answered(slow_reader))[0] == 200
+    for _, writer in [*silent, (None, slow)]:
+        writer.close()
+
+
+async def test_a_silent_connection_is_closed() -> None:
+    """After its deadline, when it has no request."""
+    connections = Connections(Metrics(), 10)
+    app = web.Application()
+    release = asyncio.Event()
+
+    async def wait(request: web.Request) -> web.Response:
+        async with connections.request(request):
+            await release.wait()
+        return web.Response()
+
+    app.router.add_get("/", wait)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    assert runner.server
+    connections.serve(runner.server)
+    with patch("wyoming_qwen_asr.http.connections.HTTP_IDLE_SECONDS", 0.2):
+        listener = await asyncio.get_running_loop().create_server(connections.accept, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        silent, one = await asyncio.open_connection("127.0.0.1", port)
+        asking, two = await asyncio.open_connection("127.0.0.1", port)
+        two.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(silent.read(), SECONDS) == b""
+        await asyncio.sleep(0.5)
+        release.set()
+        assert (await answered(asking))[0] == 200
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(asking.read(), SECONDS) == b""
+    one.close()
+    two.close()
+    listener.close()
+    await runner.cleanup()
+
+
+async def test_a_client_that_leaves_in_mid_recognition(server: Server, clear: list[Recording]) -> None:
+    """Its session is closed, and what is computed for it ends."""
+    pcm = b"".join(recording.pcm for recording in clear) * 10
+    file = FormData()
+    file.add_field("file", io.BytesIO(encoded(Recording(Path(), "", "en", pcm), "WAV")), filename="a.wav")
+    before = len(re.findall("client=http .* outcome=cancelled", server.log))
+
+    async def leave() -> None:
+        async with aiohttp.ClientSession() as http:
+            url = f"{server.http}/v1/audio/transcriptions"
+            request = asyncio.ensure_future(http.post(url, data=file))
+            while not await open_sessions(server):
+                await asyncio.sleep(0.01)
+            request.cancel()
+
+    await asyncio.wait_for(leave(), SECONDS)
+    async with asyncio.timeout(10):
+        while await open_sessions(server):
+            await asyncio.sleep(0.05)
+    await server.logged("client=http .* outcome=cancelled", count=before + 1)

@@ -388,6 +388,16 @@ def test_padding_never_becomes_nan(dtype: torch.dtype) -> None:
     assert all(bool(r.isfinite().all()) and r.dtype == dtype for r in rows)
 
 
+@pytest.mark.parametrize("seconds", [0.5, 7.9, 8.0, 8.3, 16.5, 20.05])
+def test_windows_may_be_encoded_one_by_one(seconds: float) -> None:
+    torch.manual_seed(3)
+    encoder = Encoder(ENCODER).requires_grad_(False)
+    mel = log_mel(sound(seconds))
+    parts = torch.split(mel, encoder.window_frames, dim=1)
+    rows = torch.cat([encoder([part], inner=i > 0)[0] for i, part in enumerate(parts)])
+    torch.testing.assert_close(rows, encoder([mel])[0], atol=1e-5, rtol=1e-5)
+
+
 # --- decoder ---
 
 
@@ -458,6 +468,63 @@ def test_move(decoder: Decoder) -> None:
     decoder(rows[:9], [9], [2], cache)
     cache.move(2, 0)
     assert cache.lengths == [9, 0, 0]
+    logits = decoder(rows[9:], [3], [0], cache, keep=[3])
+    torch.testing.assert_close(logits, whole(decoder, rows)[9:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_grows(decoder: Decoder) -> None:
+    """Whatever it holds stays; what it had no use for goes when the whole would become too large."""
+    rows, other, cache = rows_of(12, 1), rows_of(5, 2), new_cache(slots=0, rows=0)
+    cache.fit(1, 9)
+    assert (len(cache.lengths), cache.rows) == (1, 256)
+    decoder(rows[:9], [9], [0], cache)
+    cache.fit(3, 9)
+    assert (len(cache.lengths), cache.rows) == (4, 256)
+    logits = decoder(torch.cat([rows[9:], other]), [3, 5], [0, 2], cache, keep=[3, 5])
+    expected = torch.cat([whole(decoder, rows)[9:], whole(decoder, other)])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    cache.fit(5, 257)
+    assert (cache.lengths, cache.rows) == ([12, 0, 5, 0, 0, 0, 0, 0], 512)
+    cache.fit(1, 1300)
+    assert (cache.lengths, cache.rows) == ([12], 1536), "8 slots of it would be too large"
+    logits = decoder(other, [5], [0], cache, keep=[5])
+    torch.testing.assert_close(logits, whole(decoder, torch.cat([rows, other]))[12:], atol=1e-5, rtol=1e-5)
+
+
+def test_no_memory_to_grow(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    rows, cache = rows_of(12, 1), new_cache(slots=1)
+    decoder(rows[:9], [9], [0], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.fit(2, 300)
+    assert (cache.lengths, cache.rows) == ([9], 64)
+    logits = decoder(rows[9:], [3], [0], cache, keep=[3])
+    torch.testing.assert_close(logits, whole(decoder, rows)[9:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_slot_that_is_left_leaves_no_nan(decoder: Decoder, moved: bool) -> None:
+    """Rows behind a slot's end have no weight, but no weight times NaN is NaN."""
+    rows, cache = rows_of(12, 1), new_cache(slots=3)
+    decoder(rows_of(20, 2) * float("nan"), [20], [0], cache)
+    if moved:
+        decoder(rows[:9], [9], [2], cache)
+        cache.move(2, 0)
+    else:
+        cache.clear(0)
+        decoder(rows[:9], [9], [0], cache)
+    decoder(rows_of(15, 3), [15], [1], cache)
+    logits = decoder(torch.cat([rows[9:], rows_of(1, 4)]), [3, 1], [0, 1], cache, keep=[3, 1])
+    torch.testing.assert_close(logits[:3], whole(decoder, rows)[9:], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_without_logits(decoder: Decoder) -> None:
+    rows, cache = rows_of(12, 1), new_cache()
+    assert decoder(rows[:9], [9], [0], cache, keep=[0]).shape == (0, DECODER.vocab_size)
     logits = decoder(rows[9:], [3], [0], cache, keep=[3])
     torch.testing.assert_close(logits, whole(decoder, rows)[9:], atol=1e-5, rtol=1e-5)
 

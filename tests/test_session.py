@@ -1,26 +1,34 @@
 """What a session gives to model process after model process, and what its client sees of that. No processes here."""
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from wyoming_qwen_asr.audio import AudioFormat
+from wyoming_qwen_asr.engine.replay import Tries
 from wyoming_qwen_asr.engine.session import Session, SessionOptions
-from wyoming_qwen_asr.errors import AsrError, BadRequest, Busy, TimedOut
+from wyoming_qwen_asr.errors import BadRequest, ModelFailed, TimedOut
 from wyoming_qwen_asr.events import Final, Partial, Segment, SessionAudio, SessionEnd, SessionError, SessionStart
-from wyoming_qwen_asr.limits import MAX_RESTARTS, MAX_RETAINED_BYTES
+from wyoming_qwen_asr.limits import (
+    MAX_PIECE_SECONDS,
+    MAX_REPLAYS,
+    MAX_RETAINED_BYTES,
+    MAX_UNCONFIRMED_FILE_SECONDS,
+    MAX_UNCONFIRMED_SECONDS,
+    REPLAY_SECONDS,
+)
 from wyoming_qwen_asr.model.resample import Resampler
 from wyoming_qwen_asr.model.scheduler import _hint, _Stream
 
 FORM = AudioFormat(rate=48_000, width=2, channels=2)
 
 
-def new(language: str | None = None, overdue: Callable[[Session], None] = lambda _: None) -> Session:
+def new(language: str | None = None) -> Session:
     options = SessionOptions(FORM, language, "names")
-    return Session(1, options, "prefer", lambda: None, overdue, lambda _: None)
+    return Session(1, options, "prefer", lambda: None, lambda _: None)
 
 
 def taken(session: Session) -> tuple[SessionStart | None, bytes, bool]:
@@ -53,7 +61,7 @@ async def test_a_replay_starts_after_the_last_segment() -> None:
     assert start == SessionStart(48_000, 2, 2, None, "prefer", "names", None, 0.0)
     assert (audio, ended) == (pcm(3), False)
     session.deliver(Segment("One.", "English", 0.0, 2.0))
-    session.restart(blame=True)
+    session.restart(struck=True)
     await session.feed(b"tail")
     await session.end()
     start, audio, ended = taken(session)
@@ -70,7 +78,7 @@ async def test_a_replay_starts_after_the_last_segment() -> None:
 @given(
     chunks=st.lists(st.integers(1, 90_000), min_size=1, max_size=8),
     ends=st.lists(st.floats(0, 2), max_size=4),
-    deaths=st.sets(st.integers(0, 8), max_size=MAX_RESTARTS),
+    deaths=st.sets(st.integers(0, 8), max_size=MAX_REPLAYS),
 )
 def test_no_byte_is_lost(chunks: list[int], ends: list[float], deaths: set[int]) -> None:
     """Whatever the chunks, segments and deaths: the last process has everything from its offset to the end, in whole
@@ -93,7 +101,7 @@ def test_no_byte_is_lost(chunks: list[int], ends: list[float], deaths: set[int])
                 session.deliver(Segment("x", None, done, end))
                 done = end
             if step in deaths:
-                session.restart(blame=True)
+                session.restart(struck=False)
         await session.end()
         start, audio, ended = taken(session)
         if start:
@@ -105,6 +113,128 @@ def test_no_byte_is_lost(chunks: list[int], ends: list[float], deaths: set[int])
         session.close()
 
     asyncio.run(play())
+
+
+class Lives(RuleBasedStateMachine):
+    """One session and one model process after another, in any order of what can happen. Second n of the audio is the
+    word wN, so that what the client must have seen is known at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.session = self.runner.run(self._new())
+        self.fed = self.done = self.deaths = 0
+        self.known: int | None = None  # seconds that the present process has; None before its start
+        self.heard = 0  # bytes from the session's start, with those before the process
+        self.said = 0  # up to this second it has said stable text
+        self.ended = self.asked = self.over = False
+        self.texts: list[str] = []  # of the segments of this process
+        self.seen = ""  # by the client, of the present segment
+
+    async def _new(self) -> Session:
+        return new()
+
+    def teardown(self) -> None:
+        self.session.close()
+        self.runner.close()
+
+    def _look(self) -> None:
+        while self.session._results:
+            match self.session._results.popleft():
+                case Partial(delta, _):
+                    self.seen += delta
+                case Segment():
+                    self.seen = ""
+        assert words(self.done, self.fed).startswith(self.seen)
+
+    @precondition(lambda self: not self.ended and not self.over)
+    @rule(seconds=st.integers(1, 3))
+    def feed(self, seconds: int) -> None:
+        self.runner.run(self.session.feed(bytes(seconds * FORM.bytes_per_second)))
+        self.fed += seconds
+
+    @precondition(lambda self: not self.ended and self.fed)
+    @rule()
+    def end(self) -> None:
+        self.runner.run(self.session.end())
+        self.ended = True
+
+    @precondition(lambda self: not self.over)
+    @rule()
+    def hand_over(self) -> None:
+        async def take() -> tuple[SessionStart | None, bytes, bool]:
+            return taken(self.session)
+
+        start, audio, asked = self.runner.run(take())
+        if start:
+            assert start.offset == self.done
+            self.said = self.done
+            self.heard = self.done * FORM.bytes_per_second
+        self.heard += len(audio)
+        self.known = self.heard // FORM.bytes_per_second
+        self.asked = self.asked or asked
+        assert self.known == self.fed or (self.known == self.fed - 1 and not self.asked)
+
+    @precondition(lambda self: not self.over and self.known is not None and self.said < self.known)
+    @rule(data=st.data())
+    def partial(self, data: st.DataObject) -> None:
+        assert self.known is not None
+        until = data.draw(st.integers(self.said + 1, self.known))
+        before, self.said = self.said, until
+        full = words(self.done, until)
+        self.session.deliver(Partial(full[len(words(self.done, before)) :], "tail"))
+        self._look()
+        if len(full) > len(self.seen):
+            raise AssertionError(f"the client sees {self.seen!r} of {full!r}")
+
+    @precondition(lambda self: not self.over and self.known is not None and self.done < self.known)
+    @rule(data=st.data())
+    def segment(self, data: st.DataObject) -> None:
+        assert self.known is not None
+        self._segment(data.draw(st.integers(self.done + 1, self.known)))
+
+    def _segment(self, until: int) -> None:
+        self.texts.append(words(self.done, until))
+        self.session.deliver(Segment(self.texts[-1], "English", self.done, until))
+        self.done = self.said = until
+        self._look()
+
+    @precondition(lambda self: not self.over and self.deaths < MAX_REPLAYS)
+    @rule()
+    def die(self) -> None:
+        async def die() -> None:
+            self.session.restart(struck=False)
+
+        self.deaths += self.known is not None
+        self.runner.run(die())
+        self.known, self.asked, self.texts = None, False, []
+        self.said = self.done
+
+    @precondition(lambda self: not self.over and self.asked and self.known is not None)
+    @rule()
+    def finish(self) -> None:
+        if self.done < self.fed:
+            self._segment(self.fed)
+        self.session.deliver(Final(" ".join(self.texts), "English"))
+        assert self.runner.run(self.session.final()).text == words(0, self.fed)
+        assert self.session.finished
+        self.over = True
+
+    @precondition(lambda self: self.over)
+    @rule()
+    def afterwards(self) -> None:
+        """Nothing more is asked for, and nothing more is told."""
+        self.session.deliver(Final("late", None))
+        assert self.session.outgoing([]) is None
+        assert not self.session._results
+
+
+def words(begin: int, end: int) -> str:
+    return " ".join(f"w{second}" for second in range(begin, end))
+
+
+Lives.TestCase.settings = settings(derandomize=True, deadline=None, max_examples=50, stateful_step_count=20)
+TestLives = Lives.TestCase
 
 
 async def test_failures_reach_the_client_once() -> None:
@@ -120,32 +250,121 @@ async def test_failures_reach_the_client_once() -> None:
     session.close()
 
 
-async def test_one_death_too_many() -> None:
+async def test_the_second_strike_fails() -> None:
+    """One that came through alone has none any more."""
     session = new()
-    for _ in range(MAX_RESTARTS + 5):
-        session.restart(blame=False)
-    for _ in range(MAX_RESTARTS):
-        session.restart(blame=True)
-    assert taken(session)[0]
-    session.restart(blame=True)
-    with pytest.raises(AsrError):
+    await session.feed(pcm(1))
+    taken(session)
+    session.restart(struck=True)
+    assert session.tries.suspect
+    taken(session)
+    session.tries.acquit(proven=True)
+    assert not session.tries.suspect
+    for _ in range(2):
+        taken(session)
+        session.restart(struck=True)
+    with pytest.raises(ModelFailed):
         await session.final()
     assert taken(session) == (None, b"", False)
     session.close()
 
 
-async def test_bounds() -> None:
-    """Audio that nobody takes, results that nobody takes, and time."""
+async def test_a_replay_too_many() -> None:
+    """Whatever ended the processes; but those that never had the audio do not count."""
     session = new()
-    chunk = bytes(MAX_RETAINED_BYTES // 8)
-    for _ in range(8):
-        await session.feed(chunk)
-    with pytest.raises(Busy):
-        await session.feed(b"1234")
+    await session.feed(pcm(1))
+    for _ in range(50):
+        session.restart(struck=False)
+    for _ in range(MAX_REPLAYS + 1):
+        assert taken(session)[0]
+        session.restart(struck=False)
+    with pytest.raises(ModelFailed):
+        await session.final()
+    assert taken(session) == (None, b"", False)
+    session.close()
+
+
+def test_time_for_replays() -> None:
+    """Only that counts which is spent on replays."""
+    tries = Tries()
+    tries.begin(0.0)
+    assert tries.died(1000.0, struck=False) is None
+    tries.begin(2000.0)
+    assert tries.died(2000.0 + REPLAY_SECONDS / 2, struck=False) is None
+    tries.begin(3000.0)
+    assert tries.died(3001.0 + REPLAY_SECONDS / 2, struck=False) is not None
+
+
+async def test_nothing_is_emitted_twice() -> None:
+    """After a replay, deltas resume where the text agrees again; where it does not, they stop until the segment."""
+    session = new()
+    await session.feed(pcm(3))
+
+    async def emitted() -> list[Partial]:
+        found = []
+        while session._results:
+            result = session._results.popleft()
+            if isinstance(result, Partial):
+                found.append(result)
+        return found
+
+    taken(session)
+    session.deliver(Partial("Turn on", " the"))
+    assert await emitted() == [Partial("Turn on", " the")]
+    session.restart(struck=False)
+    for delta in ("", "Turn", " on", " the", ""):
+        session.deliver(Partial(delta, "…"))
+    assert await emitted() == [Partial("", "…"), Partial(" the", "…"), Partial("", "…")]
+    taken(session)
+    session.restart(struck=False)
+    for delta in ("Turn off", " the light"):
+        session.deliver(Partial(delta, ""))
+    assert await emitted() == []
+    session.deliver(Segment("Turn off the light", "English", 0.0, 1.0))
+    session.deliver(Partial("in", ""))
+    assert await emitted() == [Partial("in", "")]
+    session.close()
+
+
+async def test_bounds() -> None:
+    """Audio waits for the model; results that nobody takes end the session."""
+    session = new()
+    await session.feed(pcm(MAX_UNCONFIRMED_SECONDS + 1))
+    more = asyncio.create_task(session.feed(b"1234"))
+    await asyncio.sleep(0.2)
+    assert not more.done(), "audio is taken without end"
+    taken(session)
+    session.deliver(Segment("x", None, 0.0, 20.0))
+    await more
     for _ in range(2000):
         session.deliver(Partial("x", ""))
     with pytest.raises(TimedOut):
         await session.final()
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("live", "others", "seconds"),
+    [
+        (True, 0, MAX_UNCONFIRMED_SECONDS),
+        (False, 0, MAX_UNCONFIRMED_FILE_SECONDS),
+        (True, MAX_RETAINED_BYTES + 1, MAX_PIECE_SECONDS),
+        (True, MAX_RETAINED_BYTES // 2 + 1, MAX_UNCONFIRMED_SECONDS),
+        (False, MAX_RETAINED_BYTES // 2 + 1, MAX_PIECE_SECONDS),
+    ],
+)
+async def test_how_far_audio_may_be_ahead(live: bool, others: int, seconds: float) -> None:
+    """Of a file further, but less when others need the memory; a piece may always be, or nothing would ever get on."""
+    options = SessionOptions(FORM, live=live)
+    session = Session(1, options, "prefer", lambda: None, lambda _: None, lambda: others)
+    await session.feed(pcm(seconds))
+    await asyncio.wait_for(session.feed(pcm(0.1)), 5)
+    more = asyncio.create_task(session.feed(b"1234"))
+    await asyncio.sleep(0.1)
+    assert not more.done()
+    session.fail(TimedOut("enough"))
+    with pytest.raises(TimedOut):
+        await more
     session.close()
 
 

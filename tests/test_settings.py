@@ -43,6 +43,10 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "language_hint": [("force", "force"), ("ignore", "ignore"), ("force", "force"), ("ignore", "ignore")],
     "zeroconf": [("true", "qwen-asr"), ("kitchen", "kitchen"), ("On", "qwen-asr"), ("Küche", "Küche")],
     "idle_seconds": [("0", 0), ("1", 1), ("60", 60), ("999999999", 999_999_999)],
+    "max_sessions": [("1", 1), ("2", 2), ("64", 64), ("1024", 1024)],
+    "max_sessions_per_address": [("1", 1), ("2", 2), ("64", 64), ("1024", 1024)],
+    "max_connections": [("1", 1), ("2", 2), ("400", 400), ("4096", 4096)],
+    "preload": [("true", True), ("No", False), ("on", True), ("off", False)],
     "data_dir": [("/a", Path("/a")), ("b/c", Path("b/c")), ("~", Path.home()), ("~/x", Path.home() / "x")],
     "log_level": [("debug", "debug"), ("warning", "warning"), ("error", "error"), ("debug", "debug")],
 }
@@ -65,6 +69,10 @@ BAD: dict[str, list[str]] = {
     "language_hint": ["yes", "PREFER"],
     "zeroconf": ["x" * 41, "ü" * 21, "a\tb"],
     "idle_seconds": ["-1", "1e3", "900.0", "1_000", " 1", "1000000000", "9" * 5000],
+    "max_sessions": ["0", "-1", "1025", "auto", "x"],
+    "max_sessions_per_address": ["0", "-1", "1025", "x"],
+    "max_connections": ["0", "-1", "4097", "auto", "x"],
+    "preload": ["maybe", "1", "truee"],
     "data_dir": ["a\0b", "~nobody-of-this-name/x", "\udcff"],
     "log_level": ["verbose", "INFO", "10"],
 }
@@ -138,7 +146,9 @@ def test_bad_values(name: str, source: str, tmp_path: Path) -> None:
     """One line that says where, what, and what stands there."""
     values: list[Any] = [*BAD[name]]
     if source in ("json", "yaml"):
-        values = [v for v in [*values, *NO_TEXT] if v != "\udcff" and (name, v) != ("zeroconf", True)]
+        values = [
+            v for v in [*values, *NO_TEXT] if v != "\udcff" and (name, v) not in (("zeroconf", True), ("preload", True))
+        ]
     for value in values:
         said = refused(tmp_path, **{source: {name: value}})
         assert said.startswith(begins(tmp_path, source) + spelled(source, name)), said
@@ -225,7 +235,7 @@ def test_zeroconf_with_and_without_a_name(sources: dict[str, Any], name: str | N
     assert load_from(tmp_path, **sources).zeroconf == name
 
 
-@pytest.mark.parametrize("name", ["threads", "language"])
+@pytest.mark.parametrize("name", ["threads", "language", "max_sessions_per_address"])
 def test_auto_overrides_a_weaker_source(name: str, tmp_path: Path) -> None:
     weaker = {name: GOOD[name][0][0]}
     assert getattr(load_from(tmp_path, json=weaker, environment={name: "auto"}), name) == getattr(DEFAULTS, name)

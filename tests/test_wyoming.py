@@ -1,14 +1,17 @@
 """The Wyoming server as its clients see it: a real server process, a real model process, the stock client."""
 
 import asyncio
+import contextlib
 import errno
 import socket
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import aiohttp
 import numpy as np
+import psutil
 import pytest
 import soxr
 from wyoming.asr import Transcribe
@@ -22,11 +25,22 @@ from wyoming.ping import Ping, Pong
 from wyoming_qwen_asr import __version__
 from wyoming_qwen_asr.engine.engine import Engine
 from wyoming_qwen_asr.events import read_event, write_event
-from wyoming_qwen_asr.limits import MAX_CONNECTIONS, MAX_CONTEXT_CHARACTERS, MAX_SESSIONS
+from wyoming_qwen_asr.limits import MAX_CONTEXT_CHARACTERS
+from wyoming_qwen_asr.metrics import Metrics
 from wyoming_qwen_asr.settings import load
 from wyoming_qwen_asr.wyoming.connection import Connection, _context
 
-from .conftest import SECONDS, Recording, Server, StartServer, open_sessions, send_audio, transcribe, transcript_of
+from .conftest import (
+    SECONDS,
+    Recording,
+    Server,
+    StartServer,
+    metric,
+    open_sessions,
+    send_audio,
+    transcribe,
+    transcript_of,
+)
 
 
 async def next_event(client: AsyncClient) -> Event | None:
@@ -288,7 +302,8 @@ async def test_a_client_that_cannot_be_reached() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         reader, writer = await asyncio.open_connection(sock=ours)
-        connection = Connection(Engine(load([], {})), reader, writer, "gone")
+        metrics = Metrics()
+        connection = Connection(Engine(load([], {}), metrics), metrics, reader, writer, "gone")
         connection._answer = asyncio.create_task(asyncio.sleep(SECONDS))
         reader.set_exception(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
         async with asyncio.timeout(5):
@@ -297,15 +312,15 @@ async def test_a_client_that_cannot_be_reached() -> None:
 
 async def test_sessions_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
     """The one too many is told so, in its own dialect; the others are served; a place that becomes free is given."""
-    server = await start_server()
+    server = await start_server("--max-sessions=3")
     clients: list[AsyncTcpClient] = []
     try:
-        for _ in range(MAX_SESSIONS + 1):
+        for _ in range(4):
             client = server.client()
             await client.connect()
             clients.append(client)
             await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
-            await described(client) if len(clients) <= MAX_SESSIONS else None
+            await described(client) if len(clients) <= 3 else None
         assert await refused(clients[-1]) == "busy"
         url = f"{server.http}/v1/audio/transcriptions"
         async with aiohttp.ClientSession() as http, http.post(url, data={"file": clear[0].path.open("rb")}) as answer:
@@ -320,17 +335,142 @@ async def test_sessions_are_bounded(start_server: StartServer, clear: list[Recor
     finally:
         for client in clients:
             await client.disconnect()
+    assert await metric(server, "qwen_asr_refusals_total", code="busy") == 2
 
 
-async def test_connections_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
-    server = await start_server("--no-http")
-    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(MAX_CONNECTIONS)]
-    async with server.client() as client:
-        assert await refused(client) == "busy"
-    for _, writer in silent:
+async def test_sessions_of_an_address_are_bounded(start_server: StartServer, clear: list[Recording]) -> None:
+    """Over both protocols together; another address still gets its own."""
+    server = await start_server("--max-sessions-per-address=1", "--uri=tcp://0.0.0.0:0")
+    async with server.client() as first, server.client() as second:
+        await first.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+        await described(first)
+        await second.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+        assert await refused(second) == "busy"
+        url = f"{server.http}/v1/audio/transcriptions"
+        async with aiohttp.ClientSession() as http, http.post(url, data={"file": clear[0].path.open("rb")}) as answer:
+            assert answer.status == 429
+            assert "address" in (await answer.json())["error"]["message"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
+        await write_event(writer, AudioChunk(16000, 2, 1, clear[1].pcm).event())
+        await write_event(writer, AudioStop().event())
+        event = await asyncio.wait_for(read_event(reader), SECONDS)
+        assert event is not None
+        assert event.data["text"] == clear[1].text
         writer.close()
-        await writer.wait_closed()
+        await first.write_event(AudioStop().event())
+        assert (await transcript_of(first)).text == clear[0].text
+
+
+async def silent_connections(port: int, count: int) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    return [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+
+
+async def test_the_longest_silent_connection_gives_way(start_server: StartServer, clear: list[Recording]) -> None:
+    """At the limit a new connection is served; who has a session keeps it, and who spoke last leaves last."""
+    server = await start_server("--max-connections=4")
+    async with server.client() as speaking, server.client() as quiet, server.client() as quieter:
+        await quiet.write_event(Ping().event())
+        await next_event(quiet)
+        await speaking.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+        await described(speaking)
+        await described(quieter)
+        await described(quiet)
+        async with server.client() as fourth, server.client() as fifth:
+            await described(fourth)
+            await described(fifth)
+            assert await next_event(quieter) is None
+            await described(quiet)
+            await speaking.write_event(AudioStop().event())
+            assert (await transcript_of(speaking)).text == clear[0].text
+    assert await metric(server, "qwen_asr_connections_gave_way_total") == 1
+
+
+async def test_connections_that_all_have_a_session(start_server: StartServer, clear: list[Recording]) -> None:
+    """None of them gives way: the new one is told."""
+    server = await start_server("--max-connections=2", "--no-http")
+    async with server.client() as first, server.client() as second:
+        for client in (first, second):
+            await client.write_event(AudioChunk(16000, 2, 1, clear[0].pcm).event())
+            await described(client)
+        async with server.client() as third:
+            assert await refused(third) == "busy"
+        for client in (first, second):
+            await client.write_event(AudioStop().event())
+            assert (await transcript_of(client)).text == clear[0].text
+
+
+async def test_400_silent_connections_and_8_gigabytes(server: Server, clear: list[Recording]) -> None:
+    """Announced, that is: each is a few bytes of ours. An honest client is served all the while."""
+    process = psutil.Process(server.process.pid)
     assert (await transcribe(server, clear[0].pcm)).text == clear[0].text
+    before = process.memory_info().rss
+    silent = await silent_connections(server.port, 200)
+    for _, writer in silent[-50:]:
+        writer.write(b'{"type":"audio-chunk","payload_length":8000000000}\n')
+    silent += await silent_connections(server.port, 150)
+    for _, writer in silent[-50:]:
+        writer.write(b'{"type":"audio-chunk","data":{"rate":16000,"width":2,"channels":1},"payload_length":1048576}\n')
+    silent += await silent_connections(server.port, 50)
+    try:
+        for recording in clear[:3]:
+            assert (await transcribe(server, recording.pcm)).text == recording.text
+        assert process.num_fds() < 150, "connections are not bounded"
+        assert process.memory_info().rss - before < 20e6
+    finally:
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_client_that_does_not_read(server: Server) -> None:
+    """It asks and asks; once our answers fill the network's buffers, it is closed."""
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(SECONDS):
+            while True:
+                writer.write(b'{"type":"describe"}\n' * 1000)
+                await writer.drain()
+    writer.close()
+    await server.logged(r"the peer does not read")
+
+
+async def test_clients_that_vanish(server: Server, clear: list[Recording]) -> None:
+    """In mid-utterance, with or without a reset; and after it, with one: the session is closed, long before its end."""
+    pcm = b"".join(recording.pcm for recording in clear) * 2
+    for whole, reset in ((False, False), (False, True), (True, True)):
+        client = server.client()
+        await client.connect()
+        assert client._writer is not None
+        await send_audio(client, pcm) if whole else await client.write_event(
+            AudioChunk(16000, 2, 1, pcm[:900_000]).event()
+        )
+        await described(client)
+        assert await open_sessions(server) == 1
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            client._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        client._writer.close()
+        async with asyncio.timeout(10):
+            while await open_sessions(server):
+                await asyncio.sleep(0.05)
+    await server.logged("outcome=cancelled", count=3)
+
+
+async def test_audio_that_comes_faster_than_it_is_recognised(start_server: StartServer, clear: list[Recording]) -> None:
+    """The reading stops, and goes on: nothing is lost, and no more than a minute is kept."""
+    server = await start_server()
+    pcm = b"".join(recording.pcm + bytes(16000) for recording in [clear[0], clear[2]] * 24)
+    assert len(pcm) > 80 * 32000
+    async with server.client() as client:
+        sending = asyncio.create_task(send_audio(client, pcm))
+        most = 0.0
+        while not sending.done():
+            most = max(most, await metric(server, "qwen_asr_retained_bytes"))
+            await asyncio.sleep(0.05)
+        transcript = await transcript_of(client)
+    assert transcript.text.count("intercom") >= 20
+    assert 0 < most < 61 * 32000
+    assert await metric(server, "qwen_asr_retained_bytes") == 0
 
 
 async def test_unix_socket(start_server: StartServer, clear: list[Recording], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import asyncio
 import os
 import sys
 
+from setproctitle import setproctitle
+
 from .errors import EXIT_CANNOT_LOAD, CheckpointError
 from .logs import log_to_stderr
 from .settings import SettingsError, load
@@ -18,6 +20,7 @@ def main() -> int:
     except SettingsError as error:
         print(f"wyoming-qwen-asr: {error}", file=sys.stderr)
         return 2
+    setproctitle("wyoming-qwen-asr")
     log_to_stderr(settings.log_level)
     from .gateway import CannotServe, Gateway
 

@@ -10,6 +10,8 @@ import resource
 import sys
 from collections.abc import Iterator
 
+from setproctitle import setproctitle
+
 from .audio import SAMPLE_RATE
 from .errors import AsrError, BadAudio, ModelUnavailable
 from .events import Failed, SessionAudio, SessionEnd
@@ -31,6 +33,7 @@ CHUNK_BYTES = 1 << 16
 
 def main() -> int:
     out = adopt()
+    setproctitle("wyoming-qwen-asr: decode")
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

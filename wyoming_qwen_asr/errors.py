@@ -12,6 +12,8 @@ class AsrError(Exception):
     code = "internal-error"
     status = 500
     retryable = True
+    retry_after = 5
+    """Seconds after which another try makes sense, where one does."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -58,6 +60,20 @@ class ModelUnavailable(AsrError):
     """The model is being downloaded, or its process keeps failing."""
 
     code = "model-unavailable"
+    status = 503
+
+
+class ModelFailed(AsrError):
+    """The model process fails over this very audio; other audio is recognised."""
+
+    code = "model-failed"
+    retryable = False
+
+
+class Stopping(AsrError):
+    """The server was told to stop: it takes no new work."""
+
+    code = "stopping"
     status = 503
 
 

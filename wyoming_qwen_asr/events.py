@@ -121,6 +121,8 @@ class SessionStart:
     """The language of the segments before, as a Qwen name, when this is a replay."""
     offset: float = 0.0
     """Seconds of the session that came before this audio (a replay starts late)."""
+    live: bool = True
+    """Somebody is speaking and waits: this goes before files."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,14 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Working:
+    """A sign of progress: a unit of work is done. Said when the sessions change, and at most once a second besides."""
+
+    sessions: list[int]
+    """Those that are being computed together from now on; empty when there is nothing to do."""
+
+
+@dataclass(frozen=True)
 class Downloading:
     done: int
     """Bytes."""
@@ -232,6 +242,7 @@ Message = (
     | Result
     | SessionError
     | Ready
+    | Working
     | Downloading
     | Located
     | Failed
@@ -278,4 +289,5 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_is_of(each, *get_args(hint)) for each in value)
     if get_origin(hint) is UnionType:
         return any(_is_of(value, each) for each in get_args(hint))
-    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
+    right = isinstance(value, (int, float) if hint is float else hint)
+    return right and isinstance(value, bool) == (hint is bool)  # bool is an int to Python

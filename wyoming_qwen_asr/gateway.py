@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from . import __version__
 from .engine.engine import Engine
 from .limits import DRAIN_SECONDS
+from .metrics import Metrics
 from .process import streams
 from .settings import Settings
 from .wyoming.discovery import Discovery
@@ -39,8 +40,9 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._engine = Engine(settings)
-        self._wyoming = WyomingServer(self._engine)
+        self._metrics = Metrics()
+        self._engine = Engine(settings, self._metrics)
+        self._wyoming = WyomingServer(self._engine, self._metrics, settings.max_connections)
         self._http: HttpServer | None = None
         self._discovery: Discovery | None = None
         self._announcing: asyncio.Task[None] | None = None
@@ -83,13 +85,14 @@ class Gateway:
         if settings.http:
             from .http.server import HttpServer  # aiohttp is half of the gateway's memory
 
-            self._http = HttpServer(self._engine)
+            self._http = HttpServer(self._engine, self._metrics, settings)
             address = await _opened(self._http.listen(settings.http), f"http://{settings.http}")
             _LOGGER.info("OpenAI-compatible API at http://%s/v1", address)
 
     async def _drain(self) -> None:
         """Be found no more, accept no more, let what is in flight come to its end."""
-        _LOGGER.info("Stopping")
+        _LOGGER.info("Stopping; sessions in flight: %d", self._engine.sessions)
+        self._engine.drain()
         if self._discovery and self._announcing:
             self._announcing.cancel()
             await asyncio.wait([self._announcing])

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import stat
 import sys
@@ -77,6 +78,18 @@ class Child:
         self.asked_to_leave = True
         self._stdin.close()
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has closed its end, by dying or otherwise, and all it said is read."""
+        return self._stdout.at_eof()
+
+    def dump(self) -> None:
+        """Have it write its stacks to stderr: `faulthandler.register(SIGUSR1)` is for the child to do. One that has not
+        come so far dies of it."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)
+
     def kill(self) -> None:
         """SIGKILL for the child and whatever it started."""
         if self._process.returncode is None:
@@ -106,9 +119,10 @@ class Child:
 def adopt() -> BinaryIO:
     """In the child, before anything heavy: die with the parent, be killed first when memory runs out, and keep
     the real stdout for events alone. Returns it; what libraries print goes to stderr."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    stdin = select.poll()
+    stdin.register(0, 0)  # a hang-up is always told
+    if stdin.poll(0):  # the parent died before the line above, perhaps before we began
         sys.exit(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("800")

@@ -66,7 +66,7 @@ class Settings:
     dtype: str = _setting(
         "auto", "auto, float32, bfloat16 or float16", values.one_of("auto", "float32", "bfloat16", "float16")
     )
-    threads: int = _setting(0, "CPU threads of the model process: auto or a number", values.threads)
+    threads: int = _setting(0, "CPU threads of the model process: auto or a number", values.number_or_auto(1, 1024))
     language: str | None = _setting(
         None, "language of requests that name none: auto (detect) or a code", values.language
     )
@@ -83,8 +83,31 @@ class Settings:
         const=True,
         metavar="NAME",
     )
+    max_sessions: int = _setting(
+        16,  # more than a house has microphones
+        "streams of audio at once; files take at most half of them; the next one is told that the server is busy",
+        values.whole(1, 1024),
+    )
+    max_sessions_per_address: int = _setting(
+        0,  # all satellites of a house come from Home Assistant's address
+        "of these, at most so many from one address: auto (all of them) or a number",
+        values.number_or_auto(1, 1024),
+    )
+    max_connections: int = _setting(
+        64,  # Home Assistant holds one per utterance and one per poll
+        "connections at once, for Wyoming and HTTP each; at the limit the longest silent one gives way",
+        values.whole(1, 4096),
+    )
     idle_seconds: int = _setting(
         900, "end the model process after so long without a session; 0: never", values.whole(0)
+    )
+    preload: bool = _setting(
+        False,
+        "load the model at start rather than with the first audio; it is ended when idle all the same",
+        values.yes_no,
+        nargs="?",
+        const=True,
+        metavar="YES",
     )
     data_dir: Path = _setting(_default_data_dir(), "where models are kept", values.path)
     log_level: str = _setting(
@@ -204,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def shown(setting: Field[Any]) -> str:
     """The default of a setting as help texts and the README write it."""
-    if setting.name == "zeroconf":
+    if setting.name in ("zeroconf", "preload"):
         return "off"
     if setting.name == "data_dir":
         return DATA_DIR

@@ -38,6 +38,13 @@ def _is(value: Any, meant: bool) -> bool:
     return value is meant or (isinstance(value, str) and value.lower() in words)
 
 
+def yes_no(value: Any) -> bool:
+    for meant in (True, False):
+        if _is(value, meant):
+            return meant
+    raise ValueError("must be yes or no")
+
+
 def uris(value: Any) -> tuple[str, ...]:
     """One, several with blanks between them, or a list of such."""
     given = value if isinstance(value, list) else [value]
@@ -92,8 +99,9 @@ def whole(minimum: int, maximum: int = 999_999_999) -> Callable[[Any], int]:
     return parse
 
 
-def threads(value: Any) -> int:
-    return 0 if value == "auto" else whole(1, 1024)(value)
+def number_or_auto(minimum: int, maximum: int) -> Callable[[Any], int]:
+    """0 means auto."""
+    return lambda value: 0 if value == "auto" else whole(minimum, maximum)(value)
 
 
 def language(value: Any) -> str | None:

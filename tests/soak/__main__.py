@@ -16,12 +16,14 @@ from .kills import kills
 from .long_audio import long_audio
 from .service import left_running
 from .stop import stop
+from .streams import streams
 from .tally import CI, FULL, Scenario, Size, Tally
 from .vanish import vanish
 
 SCENARIOS: dict[str, Scenario] = {
     "kills": kills,
     "wyoming": hostile_wyoming,
+    "streams": streams,
     "http": hostile_http,
     "long": long_audio,
     "vanish": vanish,

@@ -64,17 +64,17 @@ class _Run:
             async with asyncio.timeout(END_SECONDS):
                 answers = await _answers(reader)
         except TimeoutError:
-            self._tally.fail(f"stream {number} has not ended {END_SECONDS:.0f} s after its last byte: {_shown(stream)}")
+            self._tally.fail(f"stream {number} has not ended {END_SECONDS:.0f} s after its last byte: {shown(stream)}")
             return
         except BadEvent as error:
-            self._tally.fail(f"the answer to stream {number} is not Wyoming: {error}: {_shown(stream)}")
+            self._tally.fail(f"the answer to stream {number} is not Wyoming: {error}: {shown(stream)}")
             return
         finally:
             sending.cancel()
             await asyncio.wait([sending])
             writer.close()
         self._tally.refused += "error" in answers
-        self._tally.require(answers <= ANSWERS, f"stream {number} is answered {answers}: {_shown(stream)}")
+        self._tally.require(answers <= ANSWERS, f"stream {number} is answered {answers}: {shown(stream)}")
 
 
 async def _send(writer: asyncio.StreamWriter, stream: bytes, how: float) -> None:
@@ -97,7 +97,8 @@ async def _answers(reader: asyncio.StreamReader) -> set[str]:
     return kinds
 
 
-def _shown(stream: bytes) -> str:
+def shown(stream: bytes) -> str:
+    """As much of it as tells."""
     return f"{stream[:1500]!r}{'…' if len(stream) > 1500 else ''}"
 
 

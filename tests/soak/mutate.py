@@ -132,18 +132,7 @@ def _replace_field(rng: Random, drafts: list[_Draft]) -> None:
 def _add_field(rng: Random, drafts: list[_Draft]) -> None:
     draft = rng.choice(drafts)
     if isinstance(draft.data, dict):
-        names = (
-            "text",
-            "name",
-            "language",
-            "context",
-            "transcript_names",
-            "transcript_terms",
-            "rate",
-            "width",
-            "channels",
-        )
-        draft.data[rng.choice(names)] = _nasty(rng)
+        draft.data[rng.choice(FIELDS)] = _nasty(rng)
 
 
 def _replace_data(rng: Random, drafts: list[_Draft]) -> None:

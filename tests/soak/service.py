@@ -19,7 +19,7 @@ from wyoming.client import AsyncClient
 from wyoming.error import Error
 from wyoming.event import Event
 
-from tests.conftest import Recording, Server, serving, transcribe
+from tests.conftest import Recording, Server, runs, serving, transcribe
 
 from .tally import Tally
 
@@ -33,7 +33,7 @@ FORM = (16000, 2, 1)
 CHUNK_BYTES = 2048
 
 MARK, RUN = "SOAK", uuid.uuid4().hex
-"""In the environment of every process that this run starts."""
+"""In the environment of every process that this run starts. Titles would overwrite that, but for SPT_NOENV."""
 
 MAX_FILES = 40
 """Open in a gateway that serves nobody; it has about 15."""
@@ -43,7 +43,8 @@ MAX_FILES = 40
 async def running(tally: Tally, *flags: str) -> AsyncIterator[Server]:
     """The tests' server. It is a failure of the scenario when it logs a fault, or keeps files open or lying about."""
     with tempfile.TemporaryDirectory() as folder:
-        async with serving(*flags, environ={**os.environ, MARK: RUN, "TMPDIR": folder}) as server:
+        environ = {**os.environ, MARK: RUN, "TMPDIR": folder, "SPT_NOENV": "1"}
+        async with serving(*flags, environ=environ) as server:
             try:
                 yield server
                 if server.running:
@@ -75,7 +76,7 @@ def model_processes(server: Server) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(server.process.pid).children():
             with contextlib.suppress(psutil.Error):
-                if child.status() != psutil.STATUS_ZOMBIE and "wyoming_qwen_asr.model" in child.cmdline():
+                if child.status() != psutil.STATUS_ZOMBIE and runs(child, "wyoming_qwen_asr.model"):
                     found.append(child)
     return found
 

@@ -30,7 +30,9 @@ class Size:
     """Of the model process, over at least so many `utterances`."""
     utterances: int
     streams: int
-    """Hostile Wyoming streams."""
+    """Hostile Wyoming streams, through the network to a real server."""
+    in_process: int
+    """More of them, to a connection's code alone."""
     forms: int
     """Mutated uploads, besides those that are listed."""
     vanishing: int
@@ -38,8 +40,8 @@ class Size:
     """Utterances between which the model process may be evicted."""
 
 
-CI = Size(1, 400, kills=21, utterances=310, streams=20_000, forms=150, vanishing=200, gaps=24)
-FULL = Size(20, 3600, kills=200, utterances=3000, streams=90_000, forms=500, vanishing=900, gaps=200)
+CI = Size(1, 400, kills=20, utterances=500, streams=10_000, in_process=200_000, forms=150, vanishing=200, gaps=24)
+FULL = Size(20, 3600, kills=50, utterances=500, streams=40_000, in_process=50_000, forms=500, vanishing=900, gaps=200)
 
 
 @dataclass

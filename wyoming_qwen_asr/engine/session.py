@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from ..audio import AudioFormat
-from ..errors import AsrError, Busy, TimedOut, TooLarge, by_code
+from ..errors import AsrError, TimedOut, TooLarge, by_code
 from ..events import (
     Final,
     Hint,
@@ -37,19 +37,25 @@ from ..events import (
 )
 from ..limits import (
     FINAL_SECONDS,
-    LOAD_SECONDS,
-    MAX_RESTARTS,
+    MAX_PIECE_SECONDS,
     MAX_RETAINED_BYTES,
+    MAX_UNCONFIRMED_FILE_SECONDS,
+    MAX_UNCONFIRMED_SECONDS,
     MAX_UTTERANCE_SECONDS,
     OPEN_SECONDS,
 )
 from ..text import join
+from .record import Record
+from .replay import Cursor, Tries
 
 MAX_RESULTS = 1024
 """Results that a front end has not yet taken; steps come twice a second, so it has slept for minutes."""
 
 SEND_SECONDS = 0.1
 """Audio goes to the model process in pieces of this length: Home Assistant's 10 ms would cost 100 events a second."""
+
+ROOM_SECONDS = 0.05
+"""Between two looks whether there is room for more audio."""
 
 SEND_BYTES = 64 * 1024
 """And at most so many bytes at once, so that sessions catching up take turns."""
@@ -66,6 +72,12 @@ class SessionOptions:
     """Qwen's name; None to detect."""
     context: str = ""
     """Names and terms the speaker is likely to use."""
+    client: str = ""
+    """The front end: "wyoming" or "http"."""
+    address: str = ""
+    """Where the client is, for the bound of sessions per address."""
+    live: bool = True
+    """Somebody is speaking and waits; a file is computed when no such session has work to do."""
 
 
 class Session:
@@ -78,14 +90,15 @@ class Session:
         options: SessionOptions,
         hint: Hint,
         wake: Callable[[], None],
-        overdue: Callable[["Session"], None],
         close: Callable[["Session"], None],
+        retained: Callable[[], int] = lambda: 0,
     ) -> None:
         self.number = number
+        self.record = Record(number, options.client)
+        self._retained_in_all = retained
         self._options = options
         self._hint = hint
         self._wake = wake
-        self._overdue = overdue
         self._close = close
 
         self._audio = bytearray()  # retained: from byte _base of the stream on
@@ -94,8 +107,10 @@ class Session:
         self._ended_at: float | None = None
 
         self._sent: int | None = None  # bytes the present model process has; None before its SessionStart
-        self._end_sent = False
-        self._restarts = 0
+        self.end_sent: float | None = None
+        """When the present model process was told that no more audio comes, by the loop's clock."""
+        self.tries = Tries()
+        self._cursor = Cursor()
         self._texts: list[str] = []  # of delivered segments
         self._kept = 0  # how many of them came from model processes that are gone
 
@@ -117,23 +132,27 @@ class Session:
     # --- for front ends ------------------------------------------------------------------------------------------
 
     async def feed(self, pcm: bytes) -> None:
-        """More audio, cut anywhere. Raises TooLarge past ten minutes, Busy when the model is far behind, and
-        whatever the session has failed with."""
+        """More audio, cut anywhere; waits while the model is far behind. Raises TooLarge past ten minutes, and whatever
+        the session has failed with."""
         if self._error:
             raise self._error
         if self._fed + len(pcm) > MAX_UTTERANCE_SECONDS * self._options.format.bytes_per_second:
             raise TooLarge(f"more than {MAX_UTTERANCE_SECONDS / 60:.0f} minutes of audio")
-        if len(self._audio) + len(pcm) > MAX_RETAINED_BYTES:
-            raise Busy("the model is too far behind the audio")
+        while self._far_ahead():
+            await asyncio.sleep(ROOM_SECONDS)  # room comes from here or from any other session
+            if self._error:
+                raise self._error
         self._audio += pcm
         self._fed += len(pcm)
+        self.record.heard(len(pcm) / self._options.format.bytes_per_second)
         self._wake()
 
     async def end(self) -> None:
         """No more audio comes. From here on the clock runs: TimedOut if the final does not come in time."""
         self._ended_at = time.monotonic()
+        self.record.ended()
         self._deadline.cancel()
-        self._set_deadline(LOAD_SECONDS + FINAL_SECONDS + 2 * self._seconds)
+        self._set_deadline(FINAL_SECONDS + 2 * self._seconds)
         self._wake()
 
     async def results(self) -> AsyncIterator[Result]:
@@ -174,13 +193,21 @@ class Session:
                 _LOGGER.debug("Utterance %d: segment %.1f to %.1f s", self.number, message.start, message.end)
                 self._texts.append(message.text)
                 self._language = self._language or message.language
+                self._cursor.segment()
+                self.tries.acquit(proven=True)
                 self._forget(message.end)
             case Final():
                 text = join([*self._texts[: self._kept], message.text])
                 message = replace(message, text=text)
                 self.finished = True
-                self._log()
-            case SpeechStarted() | Partial() | SpeechStopped():
+                self.record.finished(text)
+            case Partial():
+                partial = self._cursor.partial(message)
+                if partial is None:
+                    return None
+                message = partial
+                self.record.partial(message.stable_delta)
+            case SpeechStarted() | SpeechStopped():
                 pass
             case _:
                 return self.fail(AsrError("the model process sent a wrong message"))
@@ -194,18 +221,39 @@ class Session:
         """End the session with an error, unless it has ended already."""
         if not self.finished:
             self.finished = True
+            self.record.failed(error.code)
             self._error = error
             self._news.set()
 
-    def restart(self, *, blame: bool) -> None:
-        """The model process is gone: begin again with the retained audio, in the next one. With `blame` it counts,
-        and one time too many fails the session."""
-        self._sent = None
-        self._end_sent = False
+    def restart(self, *, struck: bool) -> None:
+        """The model process is gone: begin again with the retained audio, in the next one. `struck`: it failed by
+        itself while it computed this session. That, or a replay too many, fails the session in the end."""
+        if self._sent is None or self.finished:
+            return  # that process never had it
+        self._sent = self.end_sent = None
         self._kept = len(self._texts)
-        self._restarts += blame
-        if self._restarts > MAX_RESTARTS:
-            self.fail(AsrError("the model process died over this audio again and again"))
+        self._cursor.restart()
+        if error := self.tries.died(asyncio.get_running_loop().time(), struck=struck):
+            self.fail(error)
+        else:
+            self.record.replayed()
+
+    @property
+    def given(self) -> bool:
+        """Whether the present model process knows of it."""
+        return self._sent is not None
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether the present model process has everything that came so far, but for less than a piece."""
+        unsent = self._fed - (self._sent or 0)
+        done = self._ended_at is None or self.end_sent is not None
+        return self.given and done and unsent < SEND_SECONDS * self._options.format.bytes_per_second
+
+    @property
+    def pending(self) -> float:
+        """Seconds of audio whose text is not delivered."""
+        return self.retained / self._options.format.bytes_per_second
 
     def outgoing(self, languages: Sequence[str]) -> tuple[Message, bytes | None] | None:
         """The next message for the model process, and its payload; None when there is nothing to say yet.
@@ -216,10 +264,12 @@ class Session:
             return None
         if self._sent is None:
             self._sent = self._base
+            self.tries.begin(asyncio.get_running_loop().time())
             language = options.language if options.language in languages else None
             offset = self._base / form.bytes_per_second
             return SessionStart(
-                *(form.rate, form.width, form.channels, language, self._hint, options.context, self._language, offset)
+                *(form.rate, form.width, form.channels, language, self._hint, options.context),
+                *(self._language, offset, options.live),
             ), None
         unsent = self._fed - self._sent
         ended = self._ended_at is not None
@@ -228,17 +278,33 @@ class Session:
             payload = bytes(self._audio[begin : begin + SEND_BYTES])
             self._sent += len(payload)
             return SessionAudio(), payload
-        if ended and not self._end_sent:
-            self._end_sent = True
+        if ended and self.end_sent is None:
+            self.end_sent = asyncio.get_running_loop().time()
             return SessionEnd(), None
         return None
 
     def _set_deadline(self, seconds: float) -> None:
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self._overdue, self)
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, TimedOut("no transcript in time"))
 
     @property
     def _seconds(self) -> float:
         return self._fed / self._options.format.bytes_per_second
+
+    @property
+    def address(self) -> str:
+        return self._options.address
+
+    @property
+    def retained(self) -> int:
+        """Bytes of audio whose text is not delivered."""
+        return len(self._audio)
+
+    def _far_ahead(self) -> bool:
+        """Whether the model should catch up before more audio is taken."""
+        live = self._options.live
+        if self._retained_in_all() > (MAX_RETAINED_BYTES if live else MAX_RETAINED_BYTES // 2):
+            return self.pending > MAX_PIECE_SECONDS
+        return self.pending > (MAX_UNCONFIRMED_SECONDS if live else MAX_UNCONFIRMED_FILE_SECONDS)
 
     def _forget(self, seconds: float) -> None:
         """Drop the audio before this time of the session, in whole frames."""
@@ -247,7 +313,3 @@ class Session:
         if done > self._base:
             del self._audio[: done - self._base]
             self._base = done
-
-    def _log(self) -> None:
-        late = time.monotonic() - (self._ended_at or time.monotonic())
-        _LOGGER.info("Utterance %d: %.1f s of audio, final %.2f s after its end", self.number, self._seconds, late)

@@ -5,11 +5,11 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from typing import IO
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
 
 from .. import __version__
 from ..audio import AudioFormat
@@ -18,8 +18,12 @@ from ..engine.session import Session, SessionOptions
 from ..errors import AsrError, BadAudio, BadRequest, TimedOut, TooLarge, by_code
 from ..events import BadEvent, Failed, Final, SessionAudio, SessionEnd, from_event
 from ..limits import MAX_CONTEXT_CHARACTERS, MAX_UPLOAD_BYTES
+from ..metrics import Metrics
 from ..process import Child
+from ..settings import Settings
 from ..text import language_name
+from .connections import Connections
+from .places import Places
 
 MAX_FIELD_BYTES = 16 * 1024
 """Of a form field that is not the file; the longest real one is a prompt."""
@@ -34,20 +38,20 @@ UPLOAD_SECONDS = 600.0
 """For a form to arrive: the largest file over a poor wireless network."""
 
 DECODE_SECONDS = 120.0
-"""For a file of at most MAX_UTTERANCE_SECONDS; seconds are usual."""
+"""For some more of a file; its process may compute for half of that in all. What waits for the model does not count."""
 
 FORMATS = ("json", "text")
 
 _LOGGER = logging.getLogger(__name__)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 class OpenAI:
     """The handlers of /v1."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
+        self.places = Places(max(1, settings.max_sessions // 2))
+        """The other half of the sessions is for those who are speaking."""
         self._created = int(time.time())
 
     async def models(self, request: web.Request) -> web.Response:
@@ -57,6 +61,10 @@ class OpenAI:
 
     async def transcriptions(self, request: web.Request) -> web.Response:
         """A file in, its text out. `model` may be any name: there is one model."""
+        async with self.places.one():
+            return await self._transcription(request)
+
+    async def _transcription(self, request: web.Request) -> web.Response:
         with tempfile.NamedTemporaryFile(prefix="wyoming-qwen-asr-") as file:
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
@@ -68,7 +76,7 @@ class OpenAI:
                 raise BadRequest(f"response_format must be one of {', '.join(FORMATS)}", "response_format")
             if fields.get("stream", "false").lower() == "true":
                 raise BadRequest("stream is not supported", "stream")
-            final = await self._transcribe(file.name, _options(fields))
+            final = await self._transcribe(file.name, _options(fields, request.remote))
         if shape == "text":
             return web.Response(text=final.text + "\n")
         return web.json_response({"text": final.text})
@@ -80,25 +88,29 @@ class OpenAI:
             return await session.final()
 
 
-def _options(fields: dict[str, str]) -> SessionOptions:
+def _options(fields: dict[str, str], address: str | None) -> SessionOptions:
     hint = fields.get("language", "").strip()
     language = language_name(hint)
     if hint not in ("", "auto") and not language:
         raise BadRequest("language is none that Qwen3-ASR knows", "language")
-    return SessionOptions(AudioFormat(), language, fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS])
+    context = fields.get("prompt", "")[:MAX_CONTEXT_CHARACTERS]
+    return SessionOptions(AudioFormat(), language, context, "http", address or "", live=False)
 
 
 async def _feed(session: Session, path: str) -> None:
     """Decode a file, in a process of its own, into the session. Raises BadAudio."""
     child = await Child.spawn("wyoming_qwen_asr.decode", path)
     heard = False
+    clock = asyncio.get_running_loop().time
     try:
-        async with asyncio.timeout(DECODE_SECONDS):
+        async with asyncio.timeout(DECODE_SECONDS) as limit:
             async for event in child.events():
                 match from_event(event)[0]:
                     case SessionAudio():
                         heard = True
+                        limit.reschedule(None)  # the session has a deadline of its own
                         await session.feed(event.payload or b"")
+                        limit.reschedule(clock() + DECODE_SECONDS)
                     case SessionEnd():
                         if not heard:
                             raise BadAudio("the file holds no audio", "file")
@@ -160,27 +172,37 @@ async def _field(part: BodyPartReader) -> str:
     return value.decode("utf-8")
 
 
-@web.middleware
-async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every failure in OpenAI's envelope, every answer with a request id."""
-    identity = f"req_{uuid.uuid4().hex}"
+def errors_in_envelopes(metrics: Metrics, connections: Connections) -> Middleware:
+    """Middleware: every failure in OpenAI's envelope, every answer with a request id."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        async with connections.request(request):
+            response = await _answered(request, handler, metrics)
+        response.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
+        response.headers["Server"] = f"wyoming-qwen-asr/{__version__}"
+        return response
+
+    return middleware
+
+
+async def _answered(request: web.Request, handler: Handler, metrics: Metrics) -> web.StreamResponse:
     try:
-        response = await handler(request)
+        return await handler(request)
     except web.HTTPException as error:
-        response = _envelope(error.status, error.reason.lower(), None, None)
+        return _envelope(error.status, error.reason.lower(), None, None)
     except AsrError as error:
         _LOGGER.warning("%s %s: %s", request.method, request.path, error)
+        metrics.refusals.labels(error.code).inc()
         response = _envelope(error.status, str(error), error.param, error.code)
         if error.retryable and error.status in (429, 503):
-            response.headers["Retry-After"] = "5"
+            response.headers["Retry-After"] = str(error.retry_after)
+        return response
     except ConnectionError:
-        response = web.Response(status=400)  # the client is gone
+        return web.Response(status=400)  # the client is gone
     except Exception:
         _LOGGER.exception("%s %s failed", request.method, request.path)
-        response = _envelope(500, "internal error", None, AsrError.code)
-    response.headers["x-request-id"] = identity
-    response.headers["Server"] = f"wyoming-qwen-asr/{__version__}"
-    return response
+        return _envelope(500, "internal error", None, AsrError.code)
 
 
 def _envelope(status: int, message: str, param: str | None, code: str | None) -> web.Response:

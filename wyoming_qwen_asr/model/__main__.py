@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from setproctitle import setproctitle
 from wyoming.event import Event
 
 from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--log-level", default="info")
     args = parser.parse_args()
+    setproctitle(f"wyoming-qwen-asr: model {args.name}")
     log_to_stderr(args.log_level)
     try:
         network, choices = _load(args)
@@ -96,6 +98,7 @@ async def _serve(network: "Network", out: BinaryIO) -> None:
     from .scheduler import Scheduler
 
     reader, writer = await connect(out)
+    writer.transport.set_write_buffer_limits(0)  # `emit` returns when the pipe has it all
 
     async def emit(message: Message, session: int) -> None:
         await write_event(writer, to_event(message, session))

@@ -33,6 +33,11 @@ class Answer:
             self._write_tag()
 
     @property
+    def tagged(self) -> bool:
+        """Whether `language` is settled."""
+        return self._text_at is not None
+
+    @property
     def kept(self) -> int:
         """How many ids of the answer the decoder has read and is to keep."""
         return len(self.ids) - len(self.pending)

@@ -17,6 +17,12 @@ from torch.nn import functional as F
 from .architecture import DecoderConfig
 from .encoder import bounded
 
+MAX_CACHE_ROWS = 8 * 1280
+"""Of a cache that several sequences share, over all slots: 8 pieces of 28 s that write as much as they may. 1.1 GiB for
+either size of Qwen3-ASR, in 16 bits."""
+
+_ROW_STEP = 256  # rows are added in such steps: growing copies everything
+
 
 class Cache:
     """Keys and values of several independent sequences, each in a slot of at most `rows` rows.
@@ -32,6 +38,37 @@ class Cache:
         self.rows = rows
         self.lengths = [0] * slots
 
+    @staticmethod
+    def size(slots: int, rows: int) -> tuple[int, int]:
+        """How many slots and rows `fit` makes for so many."""
+        return 1 << (slots - 1).bit_length(), -(-rows // _ROW_STEP) * _ROW_STEP
+
+    def fit(self, slots: int, rows: int) -> None:
+        """Have at least so many slots, 1 or more, of at least so many rows. Sequences in the first `slots` slots, of
+        at most `rows` rows each, stay; room beyond that may be given up. Nothing has changed when memory runs out."""
+        if slots <= len(self.lengths) and rows <= self.rows:
+            return
+        slots, rows = self.size(slots, rows)
+        most = max(slots, len(self.lengths)), max(rows, self.rows)
+        if most[0] * most[1] <= MAX_CACHE_ROWS:
+            slots, rows = most
+        used, filled = min(slots, len(self.lengths)), min(rows, self.rows)
+        layers, _, _, heads, width = self.keys.shape
+        grown = []
+        for store in (self.keys, self.values):
+            new = store.new_zeros(layers, slots, rows, heads, width)
+            new[:, :used, :filled] = store[:, :used, :filled]
+            grown.append(new)
+        self.keys, self.values = grown
+        self.rows = rows
+        self.lengths = self.lengths[:used] + [0] * (slots - used)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot for another sequence, which must not meet a NaN of this one."""
+        for store in (self.keys, self.values):
+            store[:, slot] = 0
+        self.lengths[slot] = 0
+
     def crop(self, slot: int, length: int) -> None:
         """Forget the rows of a slot from `length` on. Raises ValueError if it has fewer."""
         if not 0 <= length <= self.lengths[slot]:
@@ -40,10 +77,10 @@ class Cache:
 
     def move(self, source: int, target: int) -> None:
         """Put a slot's rows in the place of another's; the source is empty then."""
-        length = self.lengths[source]
         for store in (self.keys, self.values):
-            store[:, target, :length] = store[:, source, :length]
-        self.lengths[target], self.lengths[source] = length, 0
+            store[:, target] = store[:, source]
+        self.lengths[target] = self.lengths[source]
+        self.clear(source)
 
 
 @dataclass(frozen=True)
@@ -86,7 +123,8 @@ class Decoder(nn.Module):
         """Append rows to slots and predict what follows.
 
         rows [R, hidden]: embedded ids (`embed_tokens`) or encoder rows, counts[i] >= 1 of them for slots[i], packed in
-        that order; a slot may appear once. keep[i]: for how many of a slot's last rows logits are wanted (default 1).
+        that order; a slot may appear once. keep[i]: for how many of a slot's last rows logits are wanted (default 1,
+        0 is allowed).
         Returns logits [sum of keep, vocab_size], in the weights' dtype, in the same order.
 
         Slots that lie side by side in ascending order are read in place; others are copied together in every layer.
@@ -104,7 +142,7 @@ class Decoder(nn.Module):
             end += count
             wanted += range(end - kept, end)
         if len(wanted) < x.shape[0]:
-            x = x[torch.tensor(wanted, device=x.device)]
+            x = x[torch.tensor(wanted, dtype=torch.long, device=x.device)]
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return bounded(F.linear(self.norm(x), head.weight))
 

@@ -39,7 +39,8 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width, channels = config.d_model, config.downsample_hidden_size
-        self.window_tokens = config.n_window_infer // CHUNK_FRAMES * CHUNK_TOKENS
+        seconds = config.n_window_infer // CHUNK_FRAMES
+        self.window_frames, self.window_tokens = seconds * CHUNK_FRAMES, seconds * CHUNK_TOKENS
         self.conv2d1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
         self.conv2d2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.conv2d3 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -51,13 +52,14 @@ class Encoder(nn.Module):
         # On the CPU even under torch.device("meta"): a table is computed, not loaded.
         self.register_buffer("positions", _sinusoids(CHUNK_TOKENS, width), persistent=False)
 
-    def forward(self, mels: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, mels: Sequence[Tensor], inner: bool = False) -> list[Tensor]:
         """Features [128, F_i] of several clips to rows [audio_tokens(F_i), output_dim], in the weights' dtype.
 
-        The clips do not influence each other. Every F_i must be at least 1.
+        The clips do not influence each other. Every F_i must be at least 1. A clip may be given in parts of
+        `window_frames`, the last one shorter: the rows are the same. `inner` says that others came before these.
         """
         lengths = [audio_tokens(mel.shape[1]) for mel in mels]
-        windows = [w for clip in self._stem(mels) for w in torch.split(clip, self.window_tokens)]
+        windows = [w for clip in self._stem(mels, inner) for w in torch.split(clip, self.window_tokens)]
         x = nn.utils.rnn.pad_sequence(windows, batch_first=True)  # [W, T, width]
         sizes = [w.shape[0] for w in windows]
         keys = None
@@ -70,14 +72,14 @@ class Encoder(nn.Module):
         rows = self.proj2(F.gelu(self.proj1(self.ln_post(rows))))
         return list(torch.split(rows, lengths))
 
-    def _stem(self, mels: Sequence[Tensor]) -> list[Tensor]:
+    def _stem(self, mels: Sequence[Tensor], inner: bool) -> list[Tensor]:
         """Convolve each second of each clip on its own: rows [audio_tokens(F_i), width] with their positions."""
         # A rest behind full seconds is filled up with zeros, as in training; a clip of less than a second is not.
         batches: dict[int, list[Tensor]] = {}
         homes: list[list[tuple[int, int]]] = []
         for mel in mels:
             chunks = torch.split(mel.to(self.conv_out.weight.dtype), CHUNK_FRAMES, dim=1)
-            width = chunks[0].shape[1]
+            width = CHUNK_FRAMES if inner else chunks[0].shape[1]
             home = []
             for chunk in chunks:
                 batch = batches.setdefault(width, [])

@@ -16,6 +16,8 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from setproctitle import setproctitle
+
 from ..errors import EXIT_CANNOT_LOAD, AsrError, CheckpointError, ModelUnavailable
 from ..events import Downloading, Failed, Located, Message
 from ..logs import log_to_stderr
@@ -163,6 +165,7 @@ def _arrived(folder: Path, blob: str) -> int:
 
 def main() -> int:
     out = adopt()
+    setproctitle("wyoming-qwen-asr: fetch")
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="auto")

@@ -23,6 +23,7 @@ from ..engine.session import Session, SessionOptions
 from ..errors import AsrError, BadRequest, TimedOut
 from ..events import READER_LIMIT, read_event, write_event
 from ..limits import CONNECTION_IDLE_SECONDS, MAX_CONTEXT_CHARACTERS, UTTERANCE_IDLE_SECONDS
+from ..metrics import Metrics
 from ..text import language_code, language_name
 from .info import info
 
@@ -42,6 +43,7 @@ class Connection:
     def __init__(
         self,
         engine: Engine,
+        metrics: Metrics,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         address: str,
@@ -51,17 +53,20 @@ class Connection:
         assert task is not None
         self.task = task
         self._engine = engine
+        self._metrics = metrics
         self._reader = reader
         self._writer = writer
         self._address = address
         self._idle_seconds = idle_seconds
         self._leaving = self._ending = False
         self._error: AsrError | None = None  # why it was interrupted
+        self.heard = time.monotonic()
+        """When the last whole event was dealt with; who sends half a one is silent."""
         # The utterance that is arriving:
         self._request = Transcribe()
         self._format: AudioFormat | None = None
         self._session: Session | None = None
-        self._heard = 0.0  # when its last audio came
+        self._last_audio = 0.0  # when some of it was taken
         # What sends its transcript, or that of the one before it:
         self._answer: asyncio.Task[None] | None = None
 
@@ -71,6 +76,7 @@ class Connection:
         try:
             while event := await self._next():
                 await self._handle(event)
+                self.heard = time.monotonic()
             if not self._session:
                 await self._answered()  # a client may close its sending half and still listen
         except asyncio.CancelledError:  # see `interrupt`
@@ -89,6 +95,16 @@ class Connection:
             self._writer.close()
             _LOGGER.debug("%s: closed", self._address)
 
+    @property
+    def has_session(self) -> bool:
+        """Whether an utterance is arriving, or being recognised."""
+        return not self._ending and (self._session is not None or self._answer is not None)
+
+    def abort(self) -> None:
+        """Close it without a word."""
+        _LOGGER.debug("%s: gives way to another connection", self._address)
+        self._writer.transport.abort()
+
     def interrupt(self, error: AsrError | None = None) -> None:
         """End the connection now, with an error or without, unless it is ending already."""
         if not self._ending:
@@ -105,6 +121,7 @@ class Connection:
     async def tell(self, error: AsrError) -> None:
         """Send an error, and close."""
         self._ending = True
+        self._metrics.refusals.labels(error.code).inc()
         _LOGGER.warning("%s: %s", self._address, error)
         with contextlib.suppress(AsrError, OSError):
             await self._send(Error(text=str(error), code=error.code).event())
@@ -120,7 +137,7 @@ class Connection:
         while True:
             seconds = self._idle_seconds
             if self._session:
-                seconds = max(0.0, self._heard + UTTERANCE_IDLE_SECONDS - time.monotonic())
+                seconds = max(0.0, self._last_audio + UTTERANCE_IDLE_SECONDS - time.monotonic())
             try:
                 async with asyncio.timeout(seconds) as limit:
                     return await read_event(self._reader)
@@ -172,8 +189,8 @@ class Connection:
         assert self._session is not None
         if form != self._format:
             raise BadRequest("the audio format changed in mid-utterance")
-        self._heard = time.monotonic()
         await self._session.feed(event.payload)
+        self._last_audio = time.monotonic()  # after the wait for room, which is not the client's fault
 
     def _open(self, form: AudioFormat) -> None:
         """The first audio of an utterance: from here on its answer, or what prevents it, is waited for."""
@@ -186,7 +203,7 @@ class Connection:
         language = language_name(self._request.language)
         if self._request.language and not language:
             _LOGGER.debug("%s: language %r is not known", self._address, self._request.language)
-        return SessionOptions(form, language, _context(self._request))
+        return SessionOptions(form, language, _context(self._request), "wyoming", self._address)
 
     async def _stop(self) -> None:
         """The audio is complete."""

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from ..engine.engine import Engine
 from ..errors import Busy, TimedOut
 from ..events import READER_LIMIT
-from ..limits import MAX_CONNECTIONS
+from ..metrics import Metrics
 from ..values import HostPort
 from .connection import LINGER_SECONDS, Connection
 
@@ -17,8 +17,11 @@ from .connection import LINGER_SECONDS, Connection
 class WyomingServer:
     """All addresses Wyoming is served at."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, max_connections: int) -> None:
         self._engine = engine
+        self._metrics = metrics
+        self._max_connections = max_connections
+        metrics.gauge("wyoming_connections", "Open Wyoming connections", lambda: len(self._connections))
         self._listeners: list[asyncio.Server] = []
         self._sockets: list[Path] = []
         self._connections: set[Connection] = set()
@@ -38,7 +41,7 @@ class WyomingServer:
 
     async def serve_stdio(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection on stdin and stdout, until stdin ends, however long it is silent."""
-        await self._serve(Connection(self._engine, reader, writer, "stdio", idle_seconds=None))
+        await self._serve(Connection(self._engine, self._metrics, reader, writer, "stdio", idle_seconds=None))
 
     async def close(self, seconds: float) -> None:
         """Take no new connections and wait so long for the utterances that are under way."""
@@ -59,12 +62,24 @@ class WyomingServer:
             await asyncio.wait([connection.task for connection in self._connections], timeout=seconds)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        address = writer.get_extra_info("peername") or "unix socket"
-        connection = Connection(self._engine, reader, writer, str(address))
-        if len(self._connections) >= MAX_CONNECTIONS:
-            await connection.tell(Busy(f"{MAX_CONNECTIONS} connections are open already"))
+        peer = writer.get_extra_info("peername")  # an address and a port; "" from a Unix socket
+        connection = Connection(self._engine, self._metrics, reader, writer, peer[0] if peer else "unix socket")
+        if len(self._connections) >= self._max_connections and not self._make_room():
+            await connection.tell(Busy(f"{self._max_connections} connections are open already, all with a session"))
             return
         await self._serve(connection)
+
+    def _make_room(self) -> bool:
+        """The connection without a session that has been silent for longest gives way, if there is one: whoever opens
+        hundreds and says nothing keeps nobody out."""
+        idle = [connection for connection in self._connections if not connection.has_session]
+        if not idle:
+            return False
+        longest = min(idle, key=lambda connection: connection.heard)
+        self._connections.discard(longest)  # at once: the next one may come before this one has left
+        self._metrics.gave_way.inc()
+        longest.abort()
+        return True
 
     async def _serve(self, connection: Connection) -> None:
         self._connections.add(connection)
