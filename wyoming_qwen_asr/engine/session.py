@@ -309,7 +309,7 @@ class Session:
     def _forget(self, seconds: float) -> None:
         """Drop the audio before this time of the session, in whole frames."""
         form = self._options.format
-        done = min(int(seconds * form.rate) * form.frame_bytes, self._sent or self._base)
+        done = min(round(seconds * form.rate) * form.frame_bytes, self._sent or self._base)
         if done > self._base:
             del self._audio[: done - self._base]
             self._base = done
