@@ -195,15 +195,8 @@ async def test_forms_are_bounded(server: Server) -> None:
                 assert response.status == status
 
 
-async def test_a_client_that_leaves(server: Server, clear: list[Recording]) -> None:
-    """In mid-upload and while it waits: its session is closed."""
-    pcm = b"".join(recording.pcm for recording in clear) * 10
-    long = encoded(Recording(Path(), "", "en", pcm), "WAV")
-    form = FormData()
-    form.add_field("file", io.BytesIO(long), filename="a.wav")
-    with pytest.raises(TimeoutError):
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(1)) as http:
-            await http.post(f"{server.http}/v1/audio/transcriptions", data=form)
+async def test_a_client_that_leaves_in_mid_upload(server: Server) -> None:
+    """Its session is closed."""
     _, writer = await asyncio.open_connection(*server.http.removeprefix("http://").split(":"))
     writer.write(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n")
     writer.write(b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n")
@@ -352,7 +345,7 @@ async def test_a_silent_connection_is_closed() -> None:
 
 async def test_a_client_that_leaves_in_mid_recognition(server: Server, clear: list[Recording]) -> None:
     """Its session is closed, and what is computed for it ends."""
-    pcm = b"".join(recording.pcm for recording in clear) * 10
+    pcm = b"".join(recording.pcm for recording in clear) * 30
     file = FormData()
     file.add_field("file", io.BytesIO(encoded(Recording(Path(), "", "en", pcm), "WAV")), filename="a.wav")
     before = len(re.findall("client=http .* outcome=cancelled", server.log))
