@@ -94,7 +94,6 @@ class Score:
     missing: int = 0
     added: int = 0
     language: int = 0
-    seconds: float = 0.0
 
     @property
     def wer(self) -> float:
@@ -107,7 +106,6 @@ class Score:
         self.words += len(words(said.text))
         self.replaced, self.missing, self.added = self.replaced + replaced, self.missing + missing, self.added + added
         self.language += heard.language == said.language
-        self.seconds += len(said.samples) / RATE
 
 
 def words(text: str) -> list[str]:

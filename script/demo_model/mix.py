@@ -175,9 +175,7 @@ def broken_off(utterance: Utterance, samples: Audio, keep: int) -> tuple[Audio, 
 def breaks(utterance: Utterance) -> list[int]:
     """After how many words it can be broken off: where the next word has a beginning of its own."""
     starts = utterance.starts
-    return [
-        k for k in range(1, len(starts)) if starts[k] > starts[k - 1] and (k + 1 == len(starts) or starts[k + 1] > 0)
-    ]
+    return [k for k in range(1, len(starts)) if starts[k] > starts[k - 1]]
 
 
 _CONSONANTS, _VOWELS = list("bcdfghjklmnprstvwz"), ["a", "e", "i", "o", "u", "ei", "au", "ä", "oo"]
@@ -278,7 +276,7 @@ class Mixer:
             parts.append(np.zeros(pause, np.float32))
             length += pause
             utterance = following
-        # Half of the time the recording ends with the voice, as it does while somebody still speaks.
+        # Two in five recordings end with the voice, as they do while somebody still speaks.
         parts.append(np.zeros(0 if rng.random() < 0.4 else int(RATE * rng.exponential(0.4)), np.float32))
         audio = np.concatenate(parts)[: int(RATE * (LONGEST + 2))]
         # Each length below a second is a shape of its own to the encoder: a few are enough.

@@ -37,6 +37,11 @@ def make(folder: Path, seed: int) -> Tokenizer:
     if not (folder / "tokenizer.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, _learn(seed))
+    return load(folder)
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that `make` has written there."""
     return Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"), ADDED)
 
 

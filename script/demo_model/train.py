@@ -160,7 +160,7 @@ _tokenizer: Tokenizer
 def _open(corpus: Path, checkpoint: Path) -> None:
     global _mixer, _tokenizer  # the state of the worker process
     torch.set_num_threads(1)
-    _mixer, _tokenizer = Mixer(Corpus(corpus)), tokens.make(checkpoint, 0)
+    _mixer, _tokenizer = Mixer(Corpus(corpus)), tokens.load(checkpoint)
 
 
 def _batch(step: int, progress: float, seed: int, seconds: float) -> Batch:

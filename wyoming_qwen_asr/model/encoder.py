@@ -87,6 +87,7 @@ class Encoder(nn.Module):
                 batch.append(F.pad(chunk, (0, width - chunk.shape[1])))
             homes.append(home)
         size = _CONV_BATCH_CPU if mels[0].is_cpu else _CONV_BATCH
+        # unbind: in training, each index into a tensor would cost a gradient of all of it.
         rows = {
             width: torch.cat([self._convolve(torch.stack(part)) for part in _slices(batch, size)]).unbind()
             for width, batch in batches.items()
