@@ -19,7 +19,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
-from wyoming.client import AsyncClient, AsyncTcpClient
+from wyoming.client import AsyncClient, AsyncTcpClient, AsyncUnixClient
+from wyoming.error import Error
 from wyoming.event import Event
 
 RECORDINGS = Path(__file__).parent / "recordings"
@@ -123,8 +124,8 @@ class Server:
     def running(self) -> bool:
         return self.process.returncode is None
 
-    def client(self) -> AsyncTcpClient:
-        return AsyncTcpClient("127.0.0.1", self.port)
+    def client(self) -> "Client":
+        return Client("127.0.0.1", self.port)
 
 
 def runs(process: psutil.Process, module: str) -> bool:
@@ -185,12 +186,75 @@ async def server() -> AsyncIterator[Server]:
         yield running
 
 
-async def transcript_of(client: AsyncClient) -> Transcript:
-    """The next transcript. Fails on anything else."""
+class Watching(AsyncClient):
+    """A stock client that keeps the chunks of a transcript and gives back all other events. Fails when what is around a
+    transcript is not in its order, or the chunks are not its text."""
+
+    chunks: list[str] | None = None
+    """Of the transcript that has started and is not complete yet."""
+    heard: list[str]
+    """Of the last one that is."""
+    _stop_due = False
+
+    async def read_event(self) -> Event | None:
+        while (event := await super().read_event()) and self._passes(event):
+            pass
+        return event
+
+    def _passes(self, event: Event) -> bool:
+        match event.type:
+            case "transcript-start":
+                assert self.chunks is None, "a transcript starts within another one"
+                assert not self._stop_due, "a transcript starts, and the last one has not stopped"
+                self.chunks = []
+            case "transcript-chunk":
+                assert self.chunks is not None, "a chunk before its transcript-start"
+                assert event.data["text"], "an empty chunk"
+                self.chunks.append(event.data["text"])
+            case "transcript":
+                assert self.chunks is not None, "a transcript without a start"
+                assert "".join(self.chunks) == event.data["text"], self.chunks
+                self.heard, self.chunks, self._stop_due = self.chunks, None, True
+                return False
+            case "transcript-stop":
+                assert self._stop_due, "a transcript-stop without a transcript"
+                self._stop_due = False
+            case _:
+                return False
+        return True
+
+    async def read_stop(self) -> None:
+        """What comes behind a transcript."""
+        event = await super().read_event()
+        assert event is not None, "closed before the transcript-stop"
+        assert self._passes(event), event
+        assert not self._stop_due
+
+
+class Client(Watching, AsyncTcpClient):
+    """Over TCP."""
+
+
+class UnixClient(Watching, AsyncUnixClient):
+    """Over a Unix socket."""
+
+
+async def answer_of(client: Watching) -> Transcript | Error:
+    """The next transcript, with all that belongs to it, or what is said in place of it."""
     event = await asyncio.wait_for(client.read_event(), SECONDS)
     assert event is not None, "the server closed the connection"
+    if Error.is_type(event.type):
+        return Error.from_event(event)
     assert Transcript.is_type(event.type), event
+    await asyncio.wait_for(client.read_stop(), SECONDS)
     return Transcript.from_event(event)
+
+
+async def transcript_of(client: Watching) -> Transcript:
+    """The next transcript. Fails on anything else."""
+    answer = await answer_of(client)
+    assert isinstance(answer, Transcript), answer
+    return answer
 
 
 async def send_audio(

@@ -1,10 +1,13 @@
 """A model process that fails on command, with the real one's messages and ends. It understands no speech: the text it
 gives is how many bytes it was sent and their checksum, so that a byte lost, doubled or moved shows.
 
-A session's context is `WORD [PLACE [FILE]]`. WORD says what to do (FAULTS, and `slow`, `partials`); PLACE says when:
-at the session's `start`, its `first` or `second` audio, its `end` (the default), or with half of its `result` said.
-With FILE, an absolute path that must not exist yet, it is done once: the next process finds the file. A file
-`load` in the folder FAKE_MODEL holds a word for the time before the model is loaded.
+A session's context is `WORD [PLACE [FILE]]`. WORD says what to do (FAULTS, and `slow`); PLACE says when: at the
+session's `start`, its `first` or `second` audio, its `end` (the default), or with half of its `result` said. With FILE,
+an absolute path that must not exist yet, it is done once: the next process finds the file. A file `load` in the folder
+FAKE_MODEL holds a word for the time before the model is loaded.
+
+With `partials` among the words the text streams instead: `streamed_text`. PLACE may be a number then: that of a word
+of this process, when it has just been said. `contradiction` takes back the first segment.
 """
 
 import asyncio
@@ -28,6 +31,7 @@ from wyoming_qwen_asr.events import (
     Message,
     Partial,
     Ready,
+    Segment,
     SessionAudio,
     SessionCancel,
     SessionEnd,
@@ -43,6 +47,11 @@ from wyoming_qwen_asr.process import adopt, connect, say
 LOAD_SECONDS = 0.2
 COMPUTE_SECONDS = 0.1
 FOREVER = 10_000
+
+WORD_BYTES = 3200
+"""Of audio, for a word that is streamed: 0.1 s in the format of the recordings."""
+WORDS = 8
+"""Of a segment."""
 
 
 def _die(number: signal.Signals) -> NoReturn:
@@ -100,6 +109,8 @@ class FakeModel:
         self._words: dict[int, list[str]] = {}
         self._audio: dict[int, bytes] = {}
         self._chunks: dict[int, int] = {}
+        self._starts: dict[int, SessionStart] = {}
+        self._said: dict[int, list[str]] = {}  # words that were streamed
         self._due: asyncio.Queue[int] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -120,17 +131,45 @@ class FakeModel:
                 self._words[number] = message.context.split()
                 self._audio[number] = b""
                 self._chunks[number] = 0
+                self._starts[number] = message
+                self._said[number] = []
                 await self._obey(number, "start")
             case SessionAudio() if number in self._audio:
                 self._audio[number] += payload
                 self._chunks[number] += 1
-                if self._words[number][:1] == ["partials"]:
-                    await self._say(Partial(f" {self._chunks[number]}", "…"), number)
+                if "partials" in self._words[number]:
+                    await self._stream(number, self._audio[number])
                 await self._obey(number, {1: "first", 2: "second"}.get(self._chunks[number], ""))
             case SessionEnd() if number in self._audio:
                 self._due.put_nowait(number)
             case SessionCancel():
                 self._audio.pop(number, None)
+
+    async def _stream(self, number: int, audio: bytes, *, ended: bool = False) -> None:
+        """Say the words that are new, and a segment after so many of them."""
+        said, words = self._said[number], words_of(audio, ended=ended)
+        for word in words[len(said) :]:
+            if len(said) % WORDS == 0:
+                await self._say(Partial("", "…"), number)
+            await self._say(Partial(f" {word}" if len(said) % WORDS else word, "…"), number)
+            said.append(word)
+            await self._obey(number, str(len(said)))
+            if len(said) % WORDS == 0:
+                await self._segment(number, min(len(said) * WORD_BYTES, len(audio)))
+        if ended and len(said) % WORDS:
+            await self._segment(number, len(audio))
+
+    async def _segment(self, number: int, end: int) -> None:
+        """Of the last words; it ends with this byte."""
+        start, said = self._starts[number], self._said[number]
+        begin = (len(said) - 1) // WORDS * WORDS
+        text = "taken back" if begin == 0 and "contradiction" in self._words[number] else " ".join(said[begin:])
+        first, last = (
+            start.offset + at / (start.rate * start.width * start.channels) for at in (begin * WORD_BYTES, end)
+        )
+        steps = len(said) - begin
+        segment = Segment(text, "English", first, last, steps, drafted=10, accepted=9, windows=1, rows=2)
+        await self._say(segment, number)
 
     async def _compute(self) -> None:
         """What has ended is computed together, as the real scheduler does it."""
@@ -150,14 +189,20 @@ class FakeModel:
 
     async def _finish(self, number: int) -> None:
         audio = self._audio.pop(number)
-        if self._words[number][:1] == ["slow"]:
+        if "slow" in self._words[number]:
             for _ in range(30):
                 await asyncio.sleep(0.15)
                 await self._say(Working([number]))
         if "result" in self._words[number] and self._once(number):
             os.write(FakeModel.fd, b'{"type": "final", "data_length": 300}\n{"text": "half')
             FAULTS[self._words[number][0]]()
-        await self._say(Final(text_of(audio), "English"), number)
+        text = text_of(audio)
+        if "partials" in self._words[number]:
+            await self._stream(number, audio, ended=True)
+            text = " ".join(self._said[number])
+            if "contradiction" in self._words[number]:
+                text = " ".join(["taken back", *self._said[number][WORDS:]])
+        await self._say(Final(text, "English"), number)
 
     async def _obey(self, number: int, place: str) -> None:
         word, when = [*self._words[number], "", ""][:2]
@@ -168,7 +213,7 @@ class FakeModel:
 
     def _once(self, number: int) -> bool:
         """Whether this is to be done still."""
-        if len(self._words[number]) < 3:
+        if not "".join(self._words[number][2:3]).startswith("/"):
             return True
         try:
             os.close(os.open(self._words[number][2], os.O_CREAT | os.O_EXCL))
@@ -180,6 +225,17 @@ class FakeModel:
 def text_of(pcm: bytes) -> str:
     """What the fake model makes of a session's audio."""
     return f"{len(pcm)} bytes, {zlib.crc32(pcm):08x}."
+
+
+def words_of(pcm: bytes, *, ended: bool = True) -> list[str]:
+    """Those that the fake model streams: one for each tenth of a second, and one for what remains at the end."""
+    whole = len(pcm) if ended else len(pcm) // WORD_BYTES * WORD_BYTES
+    return [f"{zlib.crc32(pcm[at : at + WORD_BYTES]):08x}" for at in range(0, whole, WORD_BYTES)]
+
+
+def streamed_text(pcm: bytes) -> str:
+    """What the fake model makes of a session's audio with `partials`."""
+    return " ".join(words_of(pcm))
 
 
 def main() -> None:

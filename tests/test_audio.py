@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from wyoming_qwen_asr.audio import RATES, SAMPLE_RATE, WIDTHS, AudioFormat
 from wyoming_qwen_asr.errors import BadAudio
 from wyoming_qwen_asr.model.resample import Resampler, Samples
-from wyoming_qwen_asr.model.vad import EARLIEST_CUT, LATEST_CUT, cut_point
 
 property_test = settings(deadline=None, derandomize=True)
 
@@ -118,49 +117,3 @@ def test_many_small_chunks(rate: int) -> None:
     whole = convert(form, pcm)
     for size in (rate // 100 * 2, 3, 1):
         assert np.array_equal(convert(form, *(pcm[at : at + size] for at in range(0, len(pcm), size))), whole)
-
-
-# --- cuts ----------------------------------------------------------------------------------------------------
-
-
-def noise(seconds: float, seed: int = 0) -> Samples:
-    return np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * SAMPLE_RATE)).astype(np.float32)
-
-
-@pytest.mark.parametrize("samples", [0, 1, EARLIEST_CUT, LATEST_CUT - 1])
-def test_no_cut_is_needed(samples: int) -> None:
-    assert cut_point(np.zeros(samples, np.float32)) is None
-
-
-@pytest.mark.parametrize("seconds", [28, 28.01, 29, 60])
-@pytest.mark.parametrize("begin", [16, 16.05, 19.99, 24, 27.79])
-def test_a_cut_at_the_silence(seconds: float, begin: float) -> None:
-    """In the middle of speech there are 210 ms of quiet: there, 50 ms from either end, whatever follows after 28 s."""
-    audio = noise(seconds)
-    audio[round(begin * SAMPLE_RATE) : round((begin + 0.21) * SAMPLE_RATE)] *= 0.01
-    cut = cut_point(audio)
-    assert cut is not None
-    assert begin + 0.05 <= cut / SAMPLE_RATE <= begin + 0.16
-
-
-def test_silence_elsewhere_does_not_matter() -> None:
-    audio = noise(40)
-    audio[: EARLIEST_CUT - 1600] = audio[LATEST_CUT:] = 0
-    audio[20 * SAMPLE_RATE :][:3200] *= 0.5
-    cut = cut_point(audio)
-    assert cut is not None
-    assert 20 <= cut / SAMPLE_RATE <= 20.2
-
-
-@property_test
-@given(st.integers(0, 2**32 - 1), st.floats(0, 100), st.sampled_from([0.0, 1e-30, 1.0, 1e18]))
-def test_repeated_cutting_loses_nothing(seed: int, seconds: float, loudness: float) -> None:
-    """Any audio falls into pieces that make it up again: each but the last of 16 to 28 s, the last below 28 s."""
-    audio = rest = np.resize(noise(3, seed) * np.float32(loudness), round(seconds * SAMPLE_RATE))
-    pieces = []
-    while (cut := cut_point(rest)) is not None:
-        assert EARLIEST_CUT < cut < LATEST_CUT
-        pieces.append(rest[:cut])
-        rest = rest[cut:]
-    assert len(rest) < LATEST_CUT
-    assert np.array_equal(np.concatenate([*pieces, rest]), audio)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.decoder import Cache
-from wyoming_qwen_asr.model.network import Network, Piece, Recognition
+from wyoming_qwen_asr.model.job import Recognition
+from wyoming_qwen_asr.model.network import Network, Piece
 
 from .network_fixtures import DEMO, recording, recordings
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-from wyoming.asr import Transcribe, Transcript
+from wyoming.asr import Transcribe
 from wyoming.error import Error
 
 from wyoming_qwen_asr.audio import AudioFormat
@@ -27,7 +27,7 @@ from wyoming_qwen_asr.metrics import Metrics
 from wyoming_qwen_asr.process import Child
 from wyoming_qwen_asr.settings import load
 
-from .conftest import SECONDS, Recording, Server, send_audio, serving, wait_until
+from .conftest import SECONDS, Recording, Server, answer_of, send_audio, serving, wait_until
 from .fake_model import text_of
 from .fake_server import PATIENCE
 
@@ -82,11 +82,8 @@ async def over_wyoming(faulty: Faulty, recording: Recording, context: str = "") 
         request = Transcribe(context={"text": context})
         with suppress(ConnectionError):  # an error may be waiting for us
             await send_audio(client, recording.pcm, request=request.event())
-        event = await client.read_event()
-    assert event is not None, "the server closed the connection"
-    if Error.is_type(event.type):
-        return str(Error.from_event(event).code)
-    return Transcript.from_event(event).text
+        answer = await answer_of(client)
+    return str(answer.code) if isinstance(answer, Error) else answer.text
 
 
 async def over_http(faulty: Faulty, recording: Recording, context: str = "") -> str:

@@ -133,6 +133,19 @@ def test_dtype_as_set(dtype: str, device: torch.device, machine: Path) -> None:
     assert pick_dtype(dtype, device) == (getattr(torch, dtype), "as set")
 
 
+@pytest.mark.parametrize(("flags", "dtype"), [("avx2 avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_int8_leaves_the_other_weights_to_auto(flags: str, dtype: torch.dtype, machine: Path) -> None:
+    (machine / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    assert pick_dtype("int8", CPU) == pick_dtype("auto", CPU)
+    assert pick_dtype("int8", CPU)[0] == dtype
+
+
+def test_int8_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 24)
+    with pytest.raises(CheckpointError, match="int8 is for CPUs, and the device is cuda:0: take another dtype"):
+        pick_dtype("int8", CUDA)
+
+
 # --- device and model ----------------------------------------------------------------------------------------
 
 

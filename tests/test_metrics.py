@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from wyoming.audio import AudioChunk
 
 from wyoming_qwen_asr.engine.record import Record
+from wyoming_qwen_asr.events import Final, Partial, Segment
 from wyoming_qwen_asr.metrics import Metrics
 
 from .conftest import SECONDS, Recording, Server, StartServer, metric, serving, transcribe
@@ -60,23 +61,40 @@ def test_a_record_of_everything(clock: Clock) -> None:
     record.loading(False)
     record.working(True)
     clock.now += 0.125
-    record.partial("Turn on")
+    record.emitted(Partial("Turn on", ""))
     record.working(True)
-    record.partial(" the light")
+    record.emitted(Partial(" the light", ""))
+    record.segment(Segment("Turn on the light", "English", 0.0, 2.0, 3, 20, 19, 1, 13))
+    record.segment(Segment("", None, 2.0, 4.0, 2, 5, 5, 0, 7))
     clock.now += 0.125
-    record.finished("Turn on the lamp")
+    record.finished(4)
     clock.now += 10
     assert str(record) == (
         "utterance id=7 client=wyoming audio=4.000 queue=0.500 load=4.000 first_partial=5.375 final=3.500 rtf=0.250 "
-        "steps=2 replays=1 retracted=4 outcome=final"
+        "steps=5 acceptance=0.96 windows=1 rows=20 replays=1 retracted=4 outcome=final"
     )
 
 
 def test_a_record_of_nothing(clock: Clock) -> None:
     assert str(Record(1, "", clock)) == (
         "utterance id=1 client=- audio=0.000 queue=- load=0.000 first_partial=- final=- rtf=- "
-        "steps=0 replays=0 retracted=0 outcome=cancelled"
+        "steps=0 acceptance=- windows=0 rows=0 replays=0 retracted=0 outcome=cancelled"
     )
+
+
+def test_the_first_partial_has_words(clock: Clock) -> None:
+    """Whether they will stay or not."""
+    for words in (Partial("a", ""), Partial("", "a")):
+        record = Record(1, "wyoming", clock)
+        record.heard(1.0)
+        clock.now += 1
+        record.emitted(Partial("", ""))
+        record.emitted(Final("", None))
+        clock.now += 1
+        record.emitted(words)
+        clock.now += 1
+        record.emitted(words)
+        assert record.first_partial_latency == 2
 
 
 def test_a_record_of_a_stream(clock: Clock) -> None:
@@ -100,7 +118,8 @@ def test_records_are_counted(clock: Clock) -> None:
         record = Record(1, "http", clock)
         record.heard(2.0)
         record.ended()
-        record.finished("") if outcome == "final" else record.failed(outcome)
+        record.segment(Segment("a", None, 0.0, 1.0, steps=2, drafted=7, accepted=5))
+        record.finished(3) if outcome == "final" else record.failed(outcome)
         record.count(metrics)
     samples = {
         (sample.name, *sample.labels.values()): sample.value
@@ -111,6 +130,11 @@ def test_records_are_counted(clock: Clock) -> None:
     assert samples["qwen_asr_utterances_total", "busy"] == 1
     assert samples["qwen_asr_audio_seconds_total",] == 4
     assert samples["qwen_asr_final_seconds_count",] == 2
+    assert samples["qwen_asr_steps_total",] == 6
+    assert samples["qwen_asr_drafted_tokens_total",] == 21
+    assert samples["qwen_asr_accepted_tokens_total",] == 15
+    assert samples["qwen_asr_retractions_total",] == 2
+    assert samples["qwen_asr_retracted_characters_total",] == 6
 
 
 async def test_an_utterance_leaves_a_line_and_counts(start_server: StartServer, clear: list[Recording]) -> None:

@@ -17,8 +17,9 @@ from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.decoder import Cache, Decoder
 from wyoming_qwen_asr.model.encoder import Encoder, audio_tokens
 from wyoming_qwen_asr.model.features import MIN_SAMPLES, log_mel, pad_short
+from wyoming_qwen_asr.model.job import Recognition
 from wyoming_qwen_asr.model.loops import cut_loop, loop_period
-from wyoming_qwen_asr.model.network import Network, Piece, Recognition, budget
+from wyoming_qwen_asr.model.network import Network, Piece, budget
 from wyoming_qwen_asr.model.tokenizer import Tokenizer
 
 from .network_fixtures import DECODER, DEMO, ENCODER, random_checkpoint, recording, recordings, sound, unpack_demo
@@ -152,9 +153,8 @@ def test_arrays_and_scale(network: Network, singles: list[Recognition]) -> None:
     samples = recording(FILES[1][0])
     array = samples.numpy().copy()
     array.flags.writeable = False  # as it comes from bytes; torch would warn if it were shared
-    full_scale = samples / samples.abs().max()
     assert network.recognise([Piece(array)]) == [singles[1]]
-    assert network.recognise([Piece(32_768 * full_scale)]) == network.recognise([Piece(full_scale)])
+    assert network.recognise([Piece(100 * samples)]) == network.recognise([Piece((100 * samples).clamp(-1, 1))])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -388,14 +388,30 @@ def test_padding_never_becomes_nan(dtype: torch.dtype) -> None:
     assert all(bool(r.isfinite().all()) and r.dtype == dtype for r in rows)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 7.9, 8.0, 8.3, 16.5, 20.05])
-def test_windows_may_be_encoded_one_by_one(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [0.5, 0.97, 1.0, 7.9, 8.0, 8.3, 16.5, 20.05])
+def test_seconds_and_windows_one_by_one(seconds: float) -> None:
+    """Each second may be convolved, and each window attended to, by itself."""
     torch.manual_seed(3)
     encoder = Encoder(ENCODER).requires_grad_(False)
     mel = log_mel(sound(seconds))
-    parts = torch.split(mel, encoder.window_frames, dim=1)
-    rows = torch.cat([encoder([part], inner=i > 0)[0] for i, part in enumerate(parts)])
-    torch.testing.assert_close(rows, encoder([mel])[0], atol=1e-5, rtol=1e-5)
+    rows = torch.cat([encoder.convolve(part, inner=i > 0) for i, part in enumerate(torch.split(mel, 100, dim=1))])
+    windows = [encoder.attend([window])[0] for window in torch.split(rows, encoder.window_tokens)]
+    torch.testing.assert_close(torch.cat(windows), encoder([mel])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [1, 3, 8])
+def test_rows_see_no_further_than_their_window(seconds: int) -> None:
+    torch.manual_seed(3)
+    encoder = Encoder(ENCODER).requires_grad_(False)
+    encoder.set_window(seconds)
+    mel = log_mel(sound(20.5))
+    rows = encoder([mel])[0]
+    changed = mel.clone()
+    changed[:, 1650:] = 0
+    window = 16 // seconds * seconds * 13  # where that begins in which second 16.5 lies
+    other = encoder([changed])[0]
+    torch.testing.assert_close(other[:window], rows[:window], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(other[window : window + 13], rows[window : window + 13], atol=1e-3)
 
 
 # --- decoder ---

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wyoming_qwen_asr.text import LANGUAGES, join, language_code, language_name
+from wyoming_qwen_asr.text import LANGUAGES, agreement, join, language_code, language_name, separator
 
 
 def test_the_thirty_languages() -> None:
@@ -99,3 +99,18 @@ def test_join_loses_nothing(texts: list[str]) -> None:
     assert join(texts).replace(" ", "") == "".join(texts).replace(" ", "")
     assert len(join(texts)) < len("".join(texts)) + max(1, len(texts))
     assert join([join(texts[:2]), *texts[2:]]) == join(texts)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.text("aあ .", max_size=4), st.text("aあ .", max_size=4), st.text("aあ .", max_size=4))
+def test_joining_bit_by_bit(one: str, two: str, three: str) -> None:
+    before = join([one, two])
+    assert join([before, three]) == before + separator(before, three) + three == join([one, two, three])
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.text("ab", max_size=5), st.text("ab", max_size=5))
+def test_agreement(one: str, other: str) -> None:
+    same = agreement(one, other)
+    assert one[:same] == other[:same]
+    assert same == min(len(one), len(other)) or one[same] != other[same]

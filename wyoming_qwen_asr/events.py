@@ -164,6 +164,16 @@ class Segment:
     start: float
     """Seconds from the start of the session; the audio before `end` is finished with."""
     end: float
+    steps: int = 0
+    """Decodes of it while it was spoken, besides the last one."""
+    drafted: int = 0
+    """Tokens of hypotheses that the decoder read again in one forward each,"""
+    accepted: int = 0
+    """and those of them that it would have written again."""
+    windows: int = 0
+    """Finished windows that were encoded anew, because the loudest moment came after them,"""
+    rows: int = 0
+    """and rows that the decoder read anew for that or for want of a place in its cache."""
 
 
 @dataclass(frozen=True)

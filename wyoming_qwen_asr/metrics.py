@@ -29,6 +29,11 @@ class Metrics:
 
         self.utterances = counter("utterances", "Sessions that ended, by how: final, error, cancelled", "outcome")
         self.audio_seconds = counter("audio_seconds", "Audio of the sessions that got their final")
+        self.steps = counter("steps", "Decodes of speech that was still going on")
+        self.drafted_tokens = counter("drafted_tokens", "Tokens of earlier decodes that were read again at once")
+        self.accepted_tokens = counter("accepted_tokens", "Those of them that would have been written again")
+        self.retractions = counter("retractions", "Sessions whose final does not begin with what was streamed of it")
+        self.retracted_characters = counter("retracted_characters", "What was streamed and is not in the final")
         self.refusals = counter("refusals", "Errors told to clients, by code", "code")
         self.gave_way = counter("connections_gave_way", "Silent connections closed in favour of a new one")
         self.faults = counter("faults", "Ends of the model process that nobody asked for, by cause", "cause")

@@ -64,7 +64,9 @@ class Settings:
     model: str = _setting("auto", "auto, 0.6b, 1.7b, a Hugging Face id (ID@REVISION), a directory, or demo")
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", values.device)
     dtype: str = _setting(
-        "auto", "auto, float32, bfloat16 or float16", values.one_of("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "auto, float32, bfloat16, float16, or int8 for decoding on a CPU",
+        values.one_of("auto", "float32", "bfloat16", "float16", "int8"),
     )
     threads: int = _setting(0, "CPU threads of the model process: auto or a number", values.number_or_auto(1, 1024))
     language: str | None = _setting(
@@ -74,6 +76,24 @@ class Settings:
         "prefer",
         "what a request's language means: prefer (silence stays silent), force (blindly) or ignore (always detect)",
         values.one_of("prefer", "force", "ignore"),
+    )
+    chunk_size_sec: float = _setting(
+        0.0,
+        "while somebody speaks, recognise again after so much audio: auto (0.5 s, rarer on a slow machine) or seconds",
+        values.seconds_or_auto(0.1, 30.0),
+    )
+    unfixed_chunk_num: int = _setting(
+        2,  # these three are named, and have the defaults, as in the official package's streaming
+        "show no text in so many first steps of a segment",
+        values.whole(0, 100),
+    )
+    unfixed_token_num: int = _setting(
+        5, "hold back so many last tokens of what is shown while somebody speaks", values.whole(0, 100)
+    )
+    window_seconds: int = _setting(
+        8,  # what the model is run with offline; it was trained with 1 to 8
+        "how far the audio encoder sees: a whole number of seconds; fewer make steps cheaper, and texts may differ",
+        values.whole(1, 8),
     )
     zeroconf: str | None = _setting(
         None,

@@ -1,5 +1,6 @@
 """Languages and the joining of texts: pure functions on strings."""
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -41,6 +42,9 @@ card; its 22 Chinese dialects all answer as Chinese or Cantonese."""
 _ALIASES = {"tl": "fil", "in": "id", "cmn": "zh", "zh-hk": "yue", "zh-yue": "yue"}
 """Other codes for the same: ISO 639-1 Tagalog, Java's Indonesian, ISO 639-3 Mandarin, spoken Hong Kong Chinese."""
 
+_NAME_WORDS = 3
+"""A name may have so many words: "living room light"."""
+
 _CODES = {name: code for code, name in LANGUAGES.items()}
 
 
@@ -64,10 +68,46 @@ def join(texts: Iterable[str]) -> str:
     one already."""
     joined = ""
     for text in texts:
-        if joined and text and not (_stands_alone(joined[-1]) or _stands_alone(text[0])):
-            joined += " "
-        joined += text
+        joined += separator(joined, text) + text
     return joined
+
+
+def separator(before: str, after: str) -> str:
+    """What `join` puts between two texts: a space or nothing."""
+    return " " if before and after and not (_stands_alone(before[-1]) or _stands_alone(after[0])) else ""
+
+
+def agreement(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    if other.startswith(one):
+        return len(one)
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def words_end(text: str, most: int) -> int:
+    """How many of the first `most` characters of a text are whole words, whatever may follow the text: a word ends
+    before a blank, and around each character of a script without blanks."""
+    for end in range(min(most, len(text)), 0, -1):
+        before, after = text[end - 1], text[end : end + 1]
+        if before.isspace() or (after and unicodedata.category(after).startswith("M")):
+            continue  # a mark belongs to the character before it
+        if _stands_alone(before) or (after and _stands_alone(after)):
+            return end
+    return 0
+
+
+def echoes(text: str, context: str, so_far: bool = False) -> bool:
+    """Whether a text is its context read aloud, or the beginning of that, which models do where nobody speaks. A single
+    name is no such context: somebody may just have said it."""
+    names = [name for name in re.split(r"[,;、，；\n]", context) if _words(name)]
+    told, said = _words(context), _words(text)
+    if len(names) < 2 and len(told) <= _NAME_WORDS:
+        return False
+    return said == (told[: len(said)] if so_far else told)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def _stands_alone(char: str) -> bool:

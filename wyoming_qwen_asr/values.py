@@ -104,6 +104,20 @@ def number_or_auto(minimum: int, maximum: int) -> Callable[[Any], int]:
     return lambda value: 0 if value == "auto" else whole(minimum, maximum)(value)
 
 
+def seconds_or_auto(minimum: float, maximum: float) -> Callable[[Any], float]:
+    """0 means auto."""
+
+    def parse(value: Any) -> float:
+        if value == "auto":
+            return 0.0
+        seconds = float(value) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", str(value)) else -1.0
+        if not minimum <= seconds <= maximum:
+            raise ValueError(f"must be auto, or seconds from {minimum:g} to {maximum:g}")
+        return seconds
+
+    return parse
+
+
 def language(value: Any) -> str | None:
     if value == "auto":
         return None

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
-from wyoming_qwen_asr.model.network import Network, Piece, Recognition
+from wyoming_qwen_asr.model.job import Recognition
+from wyoming_qwen_asr.model.network import Network, Piece
 
 from .corpus import Utterance, drawn_voice
 from .mix import LONGEST, SOUNDS, add_noise, breaks, broken_off, level, not_speech, telephone, white

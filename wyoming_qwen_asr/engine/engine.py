@@ -181,6 +181,11 @@ class Engine:
         args = (
             *(f"--model={located.path}", f"--name={located.name}", f"--device={settings.device}"),
             *(f"--dtype={settings.dtype}", f"--threads={settings.threads}", f"--log-level={settings.log_level}"),
+            *(f"--window-seconds={settings.window_seconds}", f"--chunk-size-sec={settings.chunk_size_sec}"),
+            *(
+                f"--unfixed-chunk-num={settings.unfixed_chunk_num}",
+                f"--unfixed-token-num={settings.unfixed_token_num}",
+            ),
         )
         self._metrics.loads.inc()
         life = self._life = Life(self._sessions, self.patience, self._hear)

@@ -5,9 +5,9 @@ A stopwatch that the session tells what happens; times are seconds of a clock th
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass
 
+from ..events import Partial, Result, Segment
 from ..metrics import Metrics
 
 
@@ -22,8 +22,14 @@ class Record:
     audio: float = 0.0
     """Seconds of it."""
     steps: int = 0
-    """Partials."""
+    """Decodes of segments while they were spoken; with the four below as the segments say."""
+    drafted: int = 0
+    accepted: int = 0
+    windows: int = 0
+    rows: int = 0
     replays: int = 0
+    retracted: int = 0
+    """Characters of stable text that the final does not begin with. It must be 0."""
     outcome: str = "cancelled"
     """Until it ends: "final", or the code of an error."""
 
@@ -36,8 +42,6 @@ class Record:
     _loads_since: float | None = None
     _compute: float = 0.0
     _works_since: float | None = None
-    _stable: list[str] = field(default_factory=list)
-    _text: str = ""
 
     def heard(self, seconds: float) -> None:
         """More audio has come."""
@@ -71,18 +75,26 @@ class Record:
         self.loading(True)
         self.replays += 1
 
-    def partial(self, stable_delta: str) -> None:
-        self.steps += 1
-        self._stable.append(stable_delta)
-        if self._first_partial is None:
+    def segment(self, segment: Segment) -> None:
+        """The text of some audio is there."""
+        self.steps += segment.steps
+        self.drafted += segment.drafted
+        self.accepted += segment.accepted
+        self.windows += segment.windows
+        self.rows += segment.rows
+
+    def emitted(self, result: Result) -> None:
+        """The client may see this."""
+        words = isinstance(result, Partial) and (result.stable_delta or result.tail)
+        if words and self._first_partial is None:
             self._first_partial = self.clock()
 
-    def finished(self, text: str) -> None:
+    def finished(self, retracted: int) -> None:
         """The final is there."""
         self.working(False)
         self.loading(False)
         self._final = self.clock()
-        self._text = text
+        self.retracted = retracted
         self.outcome = "final"
 
     def failed(self, code: str) -> None:
@@ -114,19 +126,20 @@ class Record:
         return self._compute / self.audio if self.audio and self._first_work is not None else None
 
     @property
-    def retracted(self) -> int:
-        """Characters of stable text that the final does not begin with. It must be 0."""
-        if self.outcome != "final":
-            return 0
-        stable = "".join(self._stable)
-        kept = takewhile(lambda pair: pair[0] == pair[1], zip(stable, self._text, strict=False))
-        return len(stable) - sum(1 for _ in kept)
+    def acceptance(self) -> float | None:
+        """Of the tokens that were drafted."""
+        return self.accepted / self.drafted if self.drafted else None
 
     def count(self, metrics: Metrics) -> None:
         """Into the figures, once, at the end."""
         metrics.utterances.labels(self.outcome).inc()
         if self.outcome == "final":
             metrics.audio_seconds.inc(self.audio)
+        metrics.steps.inc(self.steps)
+        metrics.drafted_tokens.inc(self.drafted)
+        metrics.accepted_tokens.inc(self.accepted)
+        metrics.retracted_characters.inc(self.retracted)
+        metrics.retractions.inc(self.retracted > 0)
         for histogram, value in (
             (metrics.first_partial_seconds, self.first_partial_latency),
             (metrics.final_seconds, self.final_latency),
@@ -139,8 +152,9 @@ class Record:
         return (
             f"utterance id={self.number} client={self.client or '-'} audio={self.audio:.3f} "
             f"queue={_shown(self.queue)} load={self._load:.3f} first_partial={_shown(self.first_partial_latency)} "
-            f"final={_shown(self.final_latency)} rtf={_shown(self.rtf)} steps={self.steps} replays={self.replays} "
-            f"retracted={self.retracted} outcome={self.outcome}"
+            f"final={_shown(self.final_latency)} rtf={_shown(self.rtf)} steps={self.steps} "
+            f"acceptance={_shown(self.acceptance, 2)} windows={self.windows} rows={self.rows} "
+            f"replays={self.replays} retracted={self.retracted} outcome={self.outcome}"
         )
 
 
@@ -148,5 +162,5 @@ def _between(begin: float | None, end: float | None) -> float | None:
     return end - begin if begin is not None and end is not None else None
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

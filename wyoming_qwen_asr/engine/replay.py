@@ -1,36 +1,67 @@
 """What a replay has to know: what its client already has, and how often it was tried. Pure."""
 
 from ..errors import AsrError, ModelFailed
-from ..events import Partial
+from ..events import Final, Partial, Result, Segment
 from ..limits import MAX_REPLAYS, MAX_STRIKES, REPLAY_SECONDS
+from ..text import agreement, join, separator
 
 
 class Cursor:
-    """What a client already has of the segment that is being recognised: stable text is never taken back, and never
-    said twice. After `restart` the new model process decodes freely from the segment's beginning; what it says is held
-    back until it has said again what was emitted. Where it says something else, nothing more of this segment is
-    emitted: the segment itself tells the truth soon."""
+    """What a client has of a session's text: the deltas of the Partials that `take` returns are, one after another, the
+    text of the final. Stable text is never taken back, and never said twice. After `restart` the new model process
+    decodes freely from the end of the last segment on; what it says is held back until it has said again what was
+    emitted. Where it says something else, nothing is emitted until a segment tells the truth. Where that differs too,
+    what was emitted is wrong for good: there is not another delta, and the final is what counts."""
 
     def __init__(self) -> None:
-        self._emitted = ""  # bounded like a segment's text: half a minute of speech
-        self._heard = ""  # of the present model process
+        self._text = ""  # of the segments that were delivered
+        self._kept = 0  # characters of it from model processes that are gone
+        self._heard = ""  # of the segment under way, from the present model process
+        self._ahead = ""  # what was emitted beyond `_text`: bounded like a segment's text
+        self.retracted = 0
+        """Characters that were emitted and that the final does not begin with. It must be 0."""
 
-    def partial(self, partial: Partial) -> Partial | None:
-        """What of it the client should see."""
+    def take(self, result: Result) -> list[Result]:
+        """What the client should see when the model process says this."""
+        match result:
+            case Partial():
+                return self._partial(result)
+            case Segment():
+                more = separator(self._text, result.text) + result.text
+                self._text += more
+                self._heard = ""
+                return [*self._certain(more), result]
+            case Final():
+                text = join([self._text[: self._kept], result.text])
+                known = agreement(self._text, text)
+                self._ahead = self._text[known:] + self._ahead  # of a process that changes its mind
+                rest = self._certain(text[known:])
+                self.retracted = self.retracted or len(self._ahead)
+                return [*rest, Final(text, result.language)]
+        return [result]
+
+    def _partial(self, partial: Partial) -> list[Result]:
         self._heard += partial.stable_delta
-        if not self._heard.startswith(self._emitted):
-            return None
-        delta = self._heard[len(self._emitted) :]
-        self._emitted = self._heard
-        return Partial(delta, partial.tail)
+        text = separator(self._text, self._heard) + self._heard
+        if self.retracted or not text.startswith(self._ahead):
+            return []
+        delta, self._ahead = text[len(self._ahead) :], text
+        lead = "" if text else separator(self._text, partial.tail)
+        return [Partial(delta, lead + partial.tail)]
 
-    def segment(self) -> None:
-        """The segment is delivered; the next one begins."""
-        self._emitted = self._heard = ""
+    def _certain(self, more: str) -> list[Result]:
+        """The text goes on with this. Returned is what of it the client does not have yet."""
+        same = agreement(self._ahead, more)
+        if self.retracted or same < min(len(self._ahead), len(more)):
+            self.retracted = self.retracted or len(self._ahead) - same
+            return []
+        self._ahead = self._ahead[same:]  # the next segment may say it: another process may cut elsewhere
+        return [Partial(more[same:], "")] if more[same:] else []
 
     def restart(self) -> None:
-        """Another model process goes on, from the beginning of the segment."""
+        """Another model process goes on from the end of the last segment."""
         self._heard = ""
+        self._kept = len(self._text)
 
 
 class Tries:

@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -44,12 +44,11 @@ from ..limits import (
     MAX_UTTERANCE_SECONDS,
     OPEN_SECONDS,
 )
-from ..text import join
 from .record import Record
 from .replay import Cursor, Tries
 
 MAX_RESULTS = 1024
-"""Results that a front end has not yet taken; steps come twice a second, so it has slept for minutes."""
+"""Results that a front end has not yet taken; partials come a few times a second, so it has slept for minutes."""
 
 SEND_SECONDS = 0.1
 """Audio goes to the model process in pieces of this length: Home Assistant's 10 ms would cost 100 events a second."""
@@ -111,13 +110,12 @@ class Session:
         """When the present model process was told that no more audio comes, by the loop's clock."""
         self.tries = Tries()
         self._cursor = Cursor()
-        self._texts: list[str] = []  # of delivered segments
-        self._kept = 0  # how many of them came from model processes that are gone
 
         self._results: deque[Result] = deque()
         self._error: AsrError | None = None
         self._news = asyncio.Event()
-        self._language: str | None = None  # of the first delivered segment with speech
+        self.language: str | None = None
+        """Qwen's name of what is spoken, once a segment with speech, or the final, has told."""
         self._set_deadline(OPEN_SECONDS)
         self.finished = False
 
@@ -156,7 +154,8 @@ class Session:
         self._wake()
 
     async def results(self) -> AsyncIterator[Result]:
-        """Results as they come; the last one is a Final. Raises AsrError when the session has failed."""
+        """Results as they come; the last one is a Final, whose text is that of the Partials' deltas one after another
+        (but for what `Record.retracted` counts). Raises AsrError when the session has failed."""
         while True:
             while self._results:
                 result = self._results.popleft()
@@ -191,30 +190,25 @@ class Session:
                 return self.fail(by_code(message.code)(message.message))
             case Segment():
                 _LOGGER.debug("Utterance %d: segment %.1f to %.1f s", self.number, message.start, message.end)
-                self._texts.append(message.text)
-                self._language = self._language or message.language
-                self._cursor.segment()
+                self.language = self.language or message.language
+                self.record.segment(message)
                 self.tries.acquit(proven=True)
                 self._forget(message.end)
             case Final():
-                text = join([*self._texts[: self._kept], message.text])
-                message = replace(message, text=text)
-                self.finished = True
-                self.record.finished(text)
-            case Partial():
-                partial = self._cursor.partial(message)
-                if partial is None:
-                    return None
-                message = partial
-                self.record.partial(message.stable_delta)
-            case SpeechStarted() | SpeechStopped():
+                self.language = self.language or message.language
+            case Partial() | SpeechStarted() | SpeechStopped():
                 pass
             case _:
                 return self.fail(AsrError("the model process sent a wrong message"))
         if len(self._results) >= MAX_RESULTS:
             return self.fail(TimedOut("the client does not take its results"))
-        self._results.append(message)
-        self._news.set()
+        for result in self._cursor.take(message):
+            self._results.append(result)
+            self.record.emitted(result)
+            self._news.set()
+        if isinstance(message, Final):
+            self.finished = True
+            self.record.finished(self._cursor.retracted)
         return None
 
     def fail(self, error: AsrError) -> None:
@@ -231,7 +225,6 @@ class Session:
         if self._sent is None or self.finished:
             return  # that process never had it
         self._sent = self.end_sent = None
-        self._kept = len(self._texts)
         self._cursor.restart()
         if error := self.tries.died(asyncio.get_running_loop().time(), struck=struck):
             self.fail(error)
@@ -269,7 +262,7 @@ class Session:
             offset = self._base / form.bytes_per_second
             return SessionStart(
                 *(form.rate, form.width, form.channels, language, self._hint, options.context),
-                *(self._language, offset, options.live),
+                *(self.language, offset, options.live),
             ), None
         unsent = self._fed - self._sent
         ended = self._ended_at is not None

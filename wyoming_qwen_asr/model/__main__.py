@@ -35,6 +35,7 @@ from ..events import (
 )
 from ..logs import log_to_stderr
 from ..process import adopt, connect, say
+from .stream import UNFIXED_CHUNKS, UNFIXED_TOKENS
 
 if TYPE_CHECKING:
     from .network import Network
@@ -51,6 +52,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--window-seconds", type=int, default=8)
+    parser.add_argument("--chunk-size-sec", type=float, default=0.0, help="0: auto")
+    parser.add_argument("--unfixed-chunk-num", type=int, default=UNFIXED_CHUNKS)
+    parser.add_argument("--unfixed-token-num", type=int, default=UNFIXED_TOKENS)
     parser.add_argument("--log-level", default="info")
     args = parser.parse_args()
     setproctitle(f"wyoming-qwen-asr: model {args.name}")
@@ -64,7 +69,7 @@ def main() -> None:
     say(out, Ready(time.monotonic() - began, choices))
     # A gateway that dies may do so in the middle of an event; we are gone in a moment, too.
     with contextlib.suppress(ConnectionError, BadEvent):
-        asyncio.run(_serve(network, out))
+        asyncio.run(_serve(network, out, args))
     sys.stderr.flush()
     os._exit(0)  # without waiting for a computation that nobody waits for
 
@@ -75,6 +80,7 @@ def _load(args: argparse.Namespace) -> tuple["Network", list[str]]:
 
     from .checkpoint import open_checkpoint
     from .hardware import pick_device, pick_dtype, pick_threads
+    from .int8 import quantise
     from .network import Network
 
     device, why_device = pick_device(args.device)
@@ -83,8 +89,11 @@ def _load(args: argparse.Namespace) -> tuple["Network", list[str]]:
     torch.set_num_threads(threads)
     try:
         network = Network.load(open_checkpoint(args.model, args.name), device, dtype)
+        if args.dtype == "int8":
+            why_dtype += f"; {quantise(network.decoder)}"
     except torch.OutOfMemoryError:
         raise CheckpointError(f"{args.name} does not fit into the memory of {device}") from None
+    network.encoder.set_window(args.window_seconds)
     dtype_name = str(dtype).removeprefix("torch.")
     return network, [
         f"{args.name} on {device} ({why_device})",
@@ -93,9 +102,10 @@ def _load(args: argparse.Namespace) -> tuple["Network", list[str]]:
     ]
 
 
-async def _serve(network: "Network", out: BinaryIO) -> None:
+async def _serve(network: "Network", out: BinaryIO, args: argparse.Namespace) -> None:
     """Answer until stdin ends."""
     from .scheduler import Scheduler
+    from .session import Pace
 
     reader, writer = await connect(out)
     writer.transport.set_write_buffer_limits(0)  # `emit` returns when the pipe has it all
@@ -103,7 +113,8 @@ async def _serve(network: "Network", out: BinaryIO) -> None:
     async def emit(message: Message, session: int) -> None:
         await write_event(writer, to_event(message, session))
 
-    scheduler = Scheduler(network, emit)
+    pace = Pace(args.chunk_size_sec or None, args.unfixed_chunk_num, args.unfixed_token_num)
+    scheduler = Scheduler(network, emit, pace)
     working = asyncio.create_task(scheduler.run())
     while event := await _next(reader, working):
         _dispatch(scheduler, event)

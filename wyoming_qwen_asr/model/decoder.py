@@ -7,7 +7,7 @@ text, which makes them ordinary rotary positions.
 Rows of several slots are computed *packed*, one behind the other without padding; only attention sees a padded batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,11 +111,13 @@ class Decoder(nn.Module):
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(table)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head: nn.Module | None = None  # the embedding is the head
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # On the CPU even under torch.device("meta"): a table is computed, not loaded.
         steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
         self.register_buffer("frequencies", config.rope_theta**-steps, persistent=False)
+        self.check: Callable[[], None] = lambda: None  # asked before each layer; it may raise
 
     def forward(
         self, rows: Tensor, counts: Sequence[int], slots: Sequence[int], cache: Cache, keep: Sequence[int] | None = None
@@ -128,11 +130,13 @@ class Decoder(nn.Module):
         Returns logits [sum of keep, vocab_size], in the weights' dtype, in the same order.
 
         Slots that lie side by side in ascending order are read in place; others are copied together in every layer.
-        Raises ValueError when the rows do not fit into their slot; the cache is unchanged then.
+        Raises ValueError when the rows do not fit into their slot, and what `check` raises; the cache is unchanged
+        then.
         """
         plan = self._plan(counts, slots, cache, rows.device, rows.dtype)
         x = rows
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            self.check()
             x = layer(x, keys, values, plan)
         for slot, count in zip(slots, counts, strict=True):
             cache.lengths[slot] += count
@@ -143,8 +147,8 @@ class Decoder(nn.Module):
             wanted += range(end - kept, end)
         if len(wanted) < x.shape[0]:
             x = x[torch.tensor(wanted, dtype=torch.long, device=x.device)]
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return bounded(F.linear(self.norm(x), head.weight))
+        x = self.norm(x)
+        return bounded(self.lm_head(x) if self.lm_head is not None else F.linear(x, self.embed_tokens.weight))
 
     def _plan(
         self, counts: Sequence[int], slots: Sequence[int], cache: Cache, device: torch.device, dtype: torch.dtype

@@ -7,7 +7,7 @@ only under FlashAttention; here they are simply the batch dimension.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width, channels = config.d_model, config.downsample_hidden_size
-        seconds = config.n_window_infer // CHUNK_FRAMES
-        self.window_frames, self.window_tokens = seconds * CHUNK_FRAMES, seconds * CHUNK_TOKENS
+        self.set_window(config.n_window_infer // CHUNK_FRAMES)
+        self.check: Callable[[], None] = lambda: None  # asked before each layer; it may raise
         self.conv2d1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
         self.conv2d2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.conv2d3 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -52,25 +52,39 @@ class Encoder(nn.Module):
         # On the CPU even under torch.device("meta"): a table is computed, not loaded.
         self.register_buffer("positions", _sinusoids(CHUNK_TOKENS, width), persistent=False)
 
-    def forward(self, mels: Sequence[Tensor], inner: bool = False) -> list[Tensor]:
+    def forward(self, mels: Sequence[Tensor]) -> list[Tensor]:
         """Features [128, F_i] of several clips to rows [audio_tokens(F_i), output_dim], in the weights' dtype.
 
-        The clips do not influence each other. Every F_i must be at least 1. A clip may be given in parts of
-        `window_frames`, the last one shorter: the rows are the same. `inner` says that others came before these.
+        The clips do not influence each other. Every F_i must be at least 1.
         """
         lengths = [audio_tokens(mel.shape[1]) for mel in mels]
-        windows = [w for clip in self._stem(mels, inner) for w in torch.split(clip, self.window_tokens)]
-        x = nn.utils.rnn.pad_sequence(windows, batch_first=True)  # [W, T, width]
+        windows = [w for clip in self._stem(mels, inner=False) for w in torch.split(clip, self.window_tokens)]
+        return list(torch.split(torch.cat(self.attend(windows)), lengths))
+
+    def set_window(self, seconds: int) -> None:
+        """How far rows see each other. The model was trained with windows of 1 to 8 s (technical report)."""
+        self.window_seconds, self.window_tokens = seconds, seconds * CHUNK_TOKENS
+
+    def convolve(self, mel: Tensor, inner: bool) -> Tensor:
+        """Features [128, F] of consecutive seconds of a clip, the last of which may be shorter, to rows
+        [audio_tokens(F), width] that `attend` takes. `inner`: there are seconds before these."""
+        (rows,) = self._stem([mel], inner)
+        return rows
+
+    def attend(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """Windows [T_i of at most window_tokens, width] of convolved rows to rows [T_i, output_dim] of the decoder."""
+        x = nn.utils.rnn.pad_sequence(list(windows), batch_first=True)  # [W, T, width]
         sizes = [w.shape[0] for w in windows]
         keys = None
         if min(sizes) < x.shape[1]:
             filled = torch.tensor(sizes, device=x.device)[:, None]
             keys = (torch.arange(x.shape[1], device=x.device) < filled)[:, None, None]  # [W, 1, 1, T]
         for layer in self.layers:
+            self.check()
             x = layer(x, keys)
         rows = torch.cat([window[:size] for window, size in zip(x, sizes, strict=True)])
         rows = self.proj2(F.gelu(self.proj1(self.ln_post(rows))))
-        return list(torch.split(rows, lengths))
+        return list(torch.split(rows, sizes))
 
     def _stem(self, mels: Sequence[Tensor], inner: bool) -> list[Tensor]:
         """Convolve each second of each clip on its own: rows [audio_tokens(F_i), width] with their positions."""

@@ -49,10 +49,13 @@ def pick_model(device: str) -> tuple[str, str]:
 
 
 def pick_dtype(dtype: str, device: "torch.device") -> tuple["torch.dtype", str]:
-    """bfloat16 where the hardware computes in it; emulated it would be slower than what it replaces."""
+    """bfloat16 where the hardware computes in it; emulated it would be slower than what it replaces. `int8` is `auto`:
+    that of the weights which int8.py does not replace. Raises CheckpointError for int8 on a GPU."""
     import torch
 
-    if dtype != "auto":
+    if dtype == "int8" and device.type != "cpu":
+        raise CheckpointError(f"int8 is for CPUs, and the device is {device}: take another dtype, or the device cpu")
+    if dtype not in ("auto", "int8"):
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype], "as set"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):

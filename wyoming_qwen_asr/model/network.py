@@ -1,11 +1,17 @@
-"""The `network` backend: recordings in, text out, by plain greedy decoding, in small units.
+"""The `network` backend: recordings in, text out, by greedy decoding, in small units.
+
+A recording may still be growing. Each step recognises all of it that has come, but computes only what is new: features,
+seconds of convolution, windows of the encoder, the decoder's rows of head and finished windows stay. They are exact;
+only the floor of the features, which follows the loudest moment, can make them stale. A recording that is given at
+once is one step of the same code.
 
 Several recordings of unequal length share the forwards of the decoder; they join and leave between two of them.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -13,11 +19,14 @@ from torch import Tensor, nn
 
 from ..audio import SAMPLE_RATE
 from ..errors import BadRequest
-from .answer import TAG_TOKENS, Answer
+from .answer import Answer
+from .architecture import CHUNK_FRAMES, CHUNK_TOKENS
+from .batch import Batch
 from .checkpoint import Checkpoint
-from .decoder import MAX_CACHE_ROWS, Cache, Decoder
+from .decoder import Decoder
 from .encoder import Encoder, audio_tokens
-from .features import log_mel, pad_short
+from .features import RANGE, scaled
+from .job import NOTHING, Job, Recognition, Second
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,68 +50,25 @@ class Piece:
     hint: Literal["prefer", "force", "ignore"] = "prefer"
 
 
-@dataclass(frozen=True)
-class Recognition:
-    """What was said. No speech is "" in the language None.
-
-    ids: the model's answer, language tag (its own or the forced one) and text, without the end token.
-    looped: it ran in circles and was cut. truncated: it wrote more than anybody can say in that time.
-    """
-
-    text: str
-    language: str | None
-    ids: tuple[int, ...] = ()
-    looped: bool = False
-    truncated: bool = False
-
-
-PREFILL_ROWS = 128
-"""Of a prompt, read by the decoder at once: some 9 s of audio, about what encoding a window costs."""
-
-_NOTHING = Recognition("", None)
-
-
 def budget(samples: int) -> int:
     """The most tokens of text for so many samples: some 12 a second is the fastest speech, this is twice that."""
     return 32 + 25 * samples // SAMPLE_RATE
+
+
+def _go_on() -> None: ...
 
 
 def _never(_: int) -> bool:
     return False
 
 
-@dataclass(eq=False)
-class Job:
-    """A piece under way: its windows are encoded, the decoder reads its prompt, then writes its answer.
+FLOOR_TOLERANCE = 0.3
+"""By so much, in decades, the floor of the features may be off in a step that is not the last one. The loudest moment
+of real speech seldom grows by more once some seconds are heard."""
 
-    rows [R, hidden]: what the decoder reads first, the prompt and a forced tag; windows fill their place as they
-    are encoded, the next one from row `place` on. windows: features [128, F] of those still to be encoded; inner: one
-    is encoded already. prompt_rows: where in the slot the answer begins. read: how many of `rows` the decoder has read.
-    """
 
-    answer: Answer
-    prompt_rows: int
-    rows: Tensor
-    windows: deque[Tensor]
-    place: int
-    inner: bool = False
-    read: int = 0
-
-    @property
-    def decoding(self) -> bool:
-        """Whether all of the prompt is read."""
-        return self.read == len(self.rows)
-
-    @property
-    def room(self) -> int:
-        """The most rows of a slot that it can come to need."""
-        return self.prompt_rows + self.answer.room
-
-    @property
-    def result(self) -> Recognition:
-        """What the answer says; final once it is done."""
-        answer = self.answer
-        return Recognition(answer.text, answer.language, tuple(answer.ids), answer.looped, answer.truncated)
+class Abandoned(Exception):
+    """A forward was stopped between two layers; nothing came of it, and what was there before it is intact."""
 
 
 class Network:
@@ -111,6 +77,12 @@ class Network:
     def __init__(self, tokenizer: Tokenizer, encoder: Encoder, decoder: Decoder) -> None:
         self.tokenizer, self.encoder, self.decoder = tokenizer, encoder, decoder
         self.device, self.dtype = decoder.embed_tokens.weight.device, decoder.embed_tokens.weight.dtype
+        self.check: Callable[[], None] = _go_on
+        """Asked between two layers; what it raises, as Abandoned, ends the forward."""
+        encoder.check = decoder.check = self._check
+
+    def _check(self) -> None:
+        self.check()
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Self:
@@ -130,51 +102,117 @@ class Network:
         result is empty. NaN and infinite samples count as 0, a piece without samples as one without speech.
         Raises BadRequest when a context leaves no room for the answer.
         """
-        results = [_NOTHING] * len(pieces)
-        jobs = {index: self.hear(piece) for index, piece in enumerate(pieces) if len(piece.samples)}
+        results = [NOTHING] * len(pieces)
+        jobs: dict[int, Job] = {}
         batch = Batch(self)
-        for job in jobs.values():
-            while job.windows:
+        for index, piece in enumerate(pieces):
+            if not len(piece.samples):
+                continue
+            job = jobs[index] = self.open(piece.context)
+            self.hear(job, piece.samples, len(piece.samples), piece.language, piece.hint)
+            while job.encoding:
                 self.encode(job)
             while not job.decoding:
                 batch.prefill(job)
         while jobs:
             for index, job in list(jobs.items()):
-                if job.answer.done or cancelled(index):
-                    if job.answer.done:
+                if job.resting or cancelled(index):
+                    if job.resting:
                         results[index] = job.result
                     del jobs[index]
             batch.retain(jobs.values())
             batch.decode(jobs.values())
         return results
 
-    # --- units: each is short, so that something more urgent can come in between. A job goes through `hear`, `encode`
-    # --- once a window, `prefill` until it is decoding, and `decode` until its answer is done. ------------------------
+    def open(self, context: str | None) -> Job:
+        """A recording that is going to be heard."""
+        prompt = self.tokenizer.prompt(1, context)
+        place = prompt.index(self.tokenizer.audio_pad)
+        return Job(context, self.embed(prompt[:place]), self.embed(prompt[place + 1 :]), self.device)
 
+    # --- units: each is short, so that something more urgent can come in between
+    # --- units: each is short, so that something more urgent can come in between ------------------------------------
     @torch.inference_mode()
-    def hear(self, piece: Piece) -> Job:
-        """Begin with a piece that has samples: its features. Raises BadRequest when its context leaves no room."""
-        samples = self._samples(piece)
-        mel = log_mel(samples)
-        expected = piece.language if piece.hint != "ignore" else None
-        answer = Answer(self.tokenizer, budget(len(samples)), expected, expected is not None and piece.hint == "force")
-        sound = audio_tokens(mel.shape[1])
-        prompt = self.tokenizer.prompt(sound, piece.context)
-        if len(prompt) + answer.room > self.decoder.config.max_position_embeddings:
-            raise BadRequest(f"a context of {len(prompt) - sound} tokens is too long for this model")
-        rows = self.embed(prompt + answer.pending)
-        windows = deque(torch.split(mel, self.encoder.window_frames, dim=1))
-        return Job(answer, len(prompt), rows, windows, prompt.index(self.tokenizer.audio_pad))
+    def hear(
+        self,
+        job: Job,
+        samples: "Tensor | NDArray[np.float32]",
+        end: int,
+        language: str | None = None,
+        hint: Literal["prefer", "force", "ignore"] = "prefer",
+        exact: bool = True,
+    ) -> None:
+        """Begin a step: features. `samples` have come since the last one, and the first `end` of all count, one at
+        least. See Piece for language and hint. Without `exact` the floor may be a little off, for a step that is not
+        the last one. Raises BadRequest when the context leaves no room.
+        """
+        expected = language if hint != "ignore" else None
+        forced = expected is not None and hint == "force"
+        if job.answer and job.answer.done:
+            job.draft = job.answer.ids
+        job.abandon()
+        job.answer = Answer(self.tokenizer, budget(end), expected, forced, job.draft, job.context)
+        job.guesses = []
+        job.to_read = None
+        job.log_mel.feed(self._samples(samples))
+        log, final = job.log_mel.frames(end)
+        job.prompt_rows = len(job.head) + audio_tokens(log.shape[1]) + len(job.suffix)
+        if job.room > self.decoder.config.max_position_embeddings:
+            around = len(job.head) + len(job.suffix)
+            raise BadRequest(f"a context of {around} tokens is too long for this model")
+        loudest = log if exact or not final else log[:, :final]
+        job.floor = float(loudest.max()) - RANGE
+        job.mel = scaled(log, job.floor)
+        self._discard(job, log, final // CHUNK_FRAMES, 0.0 if exact else FLOOR_TOLERANCE)
+        windows = -(-log.shape[1] // (self.encoder.window_seconds * CHUNK_FRAMES))
+        unknown = [window for window, rows in enumerate(job.encoded) if rows is None]
+        job.to_encode = deque([*unknown, *range(len(job.encoded), windows)])
+        job.partial = job.head[:0]
+
+    def _discard(self, job: Job, log: Tensor, finished: int, tolerance: float) -> None:
+        """Forget what the step may not use of the seconds and windows that are known, and make place for those that
+        are finished."""
+        size = self.encoder.window_seconds
+        power = log[:, : finished * CHUNK_FRAMES].reshape(len(log), finished, CHUNK_FRAMES)
+        job.softest = power.amin((0, 2)).tolist()
+        known = [None if each is None or each.stale(job.floor, tolerance) else each for each in job.seconds[:finished]]
+        job.seconds = [*known, *[None] * (finished - len(known))]
+        for window in range(min(len(job.encoded), finished // size)):
+            if None in job.seconds[window * size : (window + 1) * size] and job.encoded[window] is not None:
+                job.encoded[window] = None
+                job.windows += 1
+        job.encoded = [*job.encoded[: finished // size], *[None] * (finished // size - len(job.encoded))]
+        intact = job.encoded.index(None) if None in job.encoded else len(job.encoded)
+        job.forget(len(job.head) + intact * self.encoder.window_tokens)
 
     @torch.inference_mode()
     def encode(self, job: Job) -> None:
-        """Encode the job's next window, 8 s at most."""
-        (rows,) = self.encoder([job.windows[0]], job.inner)
-        job.rows[job.place : job.place + len(rows)] = rows
-        job.place += len(rows)
-        job.inner = True
-        job.windows.popleft()
+        """Encode the step's next window, 8 s at most. Raises Abandoned."""
+        window, size = job.to_encode[0], self.encoder.window_seconds
+        end = min((window + 1) * size * CHUNK_FRAMES, job.mel.shape[1])
+        seconds = range(window * size, -(-end // CHUNK_FRAMES))
+        rows: list[Tensor] = []
+        for known, group in groupby(seconds, lambda k: k < len(job.seconds) and job.seconds[k] is not None):
+            if known:
+                rows += [second.rows for k in group if (second := job.seconds[k])]
+            else:
+                rows += self._convolve(job, list(group))
+        (encoded,) = self.encoder.attend([torch.cat(rows)])
+        if window < len(job.encoded):
+            job.encoded[window] = encoded
+        else:
+            job.partial = encoded
+        job.to_encode.popleft()
         self.wait()
+
+    def _convolve(self, job: Job, seconds: list[int]) -> list[Tensor]:
+        """Rows of consecutive seconds, the last of which may be unfinished."""
+        mel = job.mel[:, seconds[0] * CHUNK_FRAMES : (seconds[-1] + 1) * CHUNK_FRAMES]
+        rows = list(torch.split(self.encoder.convolve(mel, inner=seconds[0] > 0), CHUNK_TOKENS))
+        for k, convolved in zip(seconds, rows, strict=True):
+            if k < len(job.seconds):
+                job.seconds[k] = Second(convolved, job.floor, job.softest[k])
+        return rows
 
     def wait(self) -> None:
         """Until a GPU has done what it was told: a unit that is merely queued would delay those after it, and its
@@ -182,86 +220,16 @@ class Network:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _samples(self, piece: Piece) -> Tensor:
-        """The piece on the device, finite, at least half a second, and not beyond full scale (as qwen-asr does it)."""
-        given = piece.samples if isinstance(piece.samples, Tensor) else torch.tensor(piece.samples)
-        samples = given.to(self.device, torch.float32).nan_to_num(0.0, 0.0, 0.0)
-        return pad_short(samples / samples.abs().max().clamp(min=1.0))
+    def _samples(self, samples: "Tensor | NDArray[np.float32]") -> Tensor:
+        """Samples on the device, finite, and not beyond full scale: what a resampler overshoots is cut off. (qwen-asr
+        divides the recording by its peak then, which nobody knows while it lasts.)"""
+        given = samples if isinstance(samples, Tensor) else torch.tensor(samples)
+        return given.to(self.device, torch.float32).nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
 
     def embed(self, ids: list[int]) -> Tensor:
         """Rows [len(ids), hidden] of ids."""
-        rows: Tensor = self.decoder.embed_tokens(torch.tensor(ids, device=self.device))
+        rows: Tensor = self.decoder.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         return rows
-
-
-class Batch:
-    """Jobs that share a cache, `jobs[i]` in slot i. They come with their first `prefill` and go when not retained.
-
-    The memory of the cache follows what they need, and goes with the last of them.
-    """
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self.jobs: list[Job] = []
-        self.cache = self._no_cache()
-
-    @torch.inference_mode()
-    def retain(self, jobs: Collection[Job]) -> None:
-        """The slots of all other jobs are free. Those in use stay side by side: the last one moves into a gap."""
-        for slot in reversed(range(len(self.jobs))):
-            if self.jobs[slot] in jobs:
-                continue
-            last = self.jobs.pop()
-            if slot == len(self.jobs):
-                self.cache.clear(slot)
-            else:
-                self.jobs[slot] = last
-                self.cache.move(len(self.jobs), slot)
-        if not self.jobs and self.cache.lengths:
-            self.cache = self._no_cache()
-
-    @torch.inference_mode()
-    def prefill(self, job: Job) -> None:
-        """The decoder reads up to PREFILL_ROWS rows of a job whose windows are encoded. With the last of them comes
-        the first token of the answer."""
-        if job not in self.jobs:
-            self.cache.fit(len(self.jobs) + 1, len(job.rows) + TAG_TOKENS)
-            self.jobs.append(job)
-        slot = self.jobs.index(job)
-        self.cache.crop(slot, job.read)
-        rows = job.rows[job.read : job.read + PREFILL_ROWS]
-        last = job.read + len(rows) == len(job.rows)
-        logits = self._network.decoder(rows, [len(rows)], [slot], self.cache, keep=[int(last)])
-        if last:
-            job.answer.take(int(logits.argmax()))
-        self._network.wait()
-        job.read += len(rows)
-
-    @torch.inference_mode()
-    def decode(self, jobs: Collection[Job]) -> None:
-        """One token more for each of these jobs that are in the batch and not done. A step that failed may be
-        repeated, with other jobs too."""
-        slots = [slot for slot, job in enumerate(self.jobs) if job in jobs and not job.answer.done]
-        if not slots:
-            return
-        answers = [self.jobs[slot].answer for slot in slots]
-        counts = [len(answer.pending) for answer in answers]
-        for slot, answer in zip(slots, answers, strict=True):
-            self.cache.crop(slot, self.jobs[slot].prompt_rows + answer.kept)
-        self.cache.fit(len(self.jobs), max(self.cache.lengths[s] + n for s, n in zip(slots, counts, strict=True)))
-        rows = self._network.embed([token for answer in answers for token in answer.pending])
-        tokens = self._network.decoder(rows, counts, slots, self.cache).argmax(-1).tolist()
-        for answer, token in zip(answers, tokens, strict=True):
-            answer.take(token)
-
-    def _no_cache(self) -> Cache:
-        return Cache(self._network.decoder.config, 0, 0, self._network.device, self._network.dtype)
-
-
-def fit_together(jobs: Sequence[Job]) -> bool:
-    """Whether jobs may share a cache, whatever they write, within MAX_CACHE_ROWS. A job alone always may."""
-    slots, rows = Cache.size(len(jobs), max(job.room for job in jobs))
-    return len(jobs) == 1 or slots * rows <= MAX_CACHE_ROWS
 
 
 def _fill(module: nn.Module, weights: dict[str, Any]) -> None:

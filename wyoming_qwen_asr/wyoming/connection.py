@@ -1,4 +1,4 @@
-"""One Wyoming client: `transcribe`, audio in, `transcript` out.
+"""One Wyoming client: `transcribe`, audio in, text out.
 
 Protocol: https://github.com/OHF-Voice/wyoming. A connection may carry one utterance after another. What goes wrong is
 told with an `error` event, and the connection is closed then, because older Home Assistants wait for that.
@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any
 
-from wyoming.asr import Transcribe, Transcript
+from wyoming.asr import Transcribe
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.error import Error
 from wyoming.event import Event
@@ -24,12 +24,13 @@ from ..errors import AsrError, BadRequest, TimedOut
 from ..events import READER_LIMIT, read_event, write_event
 from ..limits import CONNECTION_IDLE_SECONDS, MAX_CONTEXT_CHARACTERS, UTTERANCE_IDLE_SECONDS
 from ..metrics import Metrics
-from ..text import language_code, language_name
+from ..text import language_name
 from .info import info
+from .transcript import Answer
 
 LINGER_SECONDS = 5.0
 """After an error, what the client still sends is read and dropped for so long: closing at once would reset the
-connection, and the client might never see the error."""
+connection, and the client might never see the error. So long it may take for the rest of what we wrote, too."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ _LOGGER = logging.getLogger(__name__)
 class Connection:
     """One client. Events are read while an utterance is being recognised, so that `describe` is answered meanwhile.
 
-    One task reads, and tells errors; whoever else has a reason to end the connection interrupts it.
+    One task reads, and tells errors; whoever else has a reason to end the connection interrupts it. Another one answers
+    an utterance; an event is written in one go, so theirs do not mix.
     """
 
     def __init__(
@@ -92,8 +94,15 @@ class Connection:
         finally:
             self._ending = True
             self._give_up()
-            self._writer.close()
+            await self._close()
             _LOGGER.debug("%s: closed", self._address)
+
+    async def refuse(self, error: AsrError) -> None:
+        """Tell the client why it is not served."""
+        try:
+            await self.tell(error)
+        finally:
+            await self._close()
 
     @property
     def has_session(self) -> bool:
@@ -119,8 +128,9 @@ class Connection:
             self.interrupt()
 
     async def tell(self, error: AsrError) -> None:
-        """Send an error, and close."""
+        """Send an error, and no more; read on until the client has seen it."""
         self._ending = True
+        self._give_up()  # nothing may come after the error
         self._metrics.refusals.labels(error.code).inc()
         _LOGGER.warning("%s: %s", self._address, error)
         with contextlib.suppress(AsrError, OSError):
@@ -130,7 +140,18 @@ class Connection:
             async with asyncio.timeout(LINGER_SECONDS):
                 while await self._reader.read(READER_LIMIT):
                     pass
+
+    async def _close(self) -> None:
+        """Let the client have what is written, if it takes that. How the connection came to its end is asked for, or
+        asyncio's log calls a reset that was never looked at an error."""
         self._writer.close()
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                await self._writer.wait_closed()
+        except TimeoutError:
+            self._writer.transport.abort()
+        except (OSError, NotImplementedError):  # reset by the client; a pipe's end cannot be waited for
+            pass
 
     async def _next(self) -> Event | None:
         """The next event; None when the client is gone, or silent for too long between utterances."""
@@ -196,7 +217,7 @@ class Connection:
         """The first audio of an utterance: from here on its answer, or what prevents it, is waited for."""
         self._format = form
         session = self._session = self._engine.session(self._options(form))
-        self._answer = asyncio.create_task(self._transcript(session))
+        self._answer = asyncio.create_task(Answer(self._writer).run(session))
         self._answer.add_done_callback(lambda answer: self._transcribed(session, answer))
 
     def _options(self, form: AudioFormat) -> SessionOptions:
@@ -213,11 +234,7 @@ class Connection:
             await session.end()
         else:
             await self._answered()
-            await self._send(Transcript(text="").event())
-
-    async def _transcript(self, session: Session) -> None:
-        final = await session.final()
-        await self._send(Transcript(text=final.text, language=language_code(final.language)).event())
+            await Answer(self._writer).end("", None)
 
     def _transcribed(self, session: Session, answer: asyncio.Task[None]) -> None:
         """The transcript is sent, or cannot be."""

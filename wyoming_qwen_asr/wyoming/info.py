@@ -32,6 +32,7 @@ def info(model: str, located: Located | None) -> Info:
                 attribution=_QWEN,
                 installed=True,
                 version=__version__,
+                supports_transcript_streaming=True,
                 models=[
                     AsrModel(
                         name=name,

@@ -65,7 +65,7 @@ class WyomingServer:
         peer = writer.get_extra_info("peername")  # an address and a port; "" from a Unix socket
         connection = Connection(self._engine, self._metrics, reader, writer, peer[0] if peer else "unix socket")
         if len(self._connections) >= self._max_connections and not self._make_room():
-            await connection.tell(Busy(f"{self._max_connections} connections are open already, all with a session"))
+            await connection.refuse(Busy(f"{self._max_connections} connections are open already, all with a session"))
             return
         await self._serve(connection)
 
