@@ -9,10 +9,10 @@ from tests.conftest import Server, serving
 
 
 @asynccontextmanager
-async def measured(*flags: str) -> AsyncIterator[Server]:
+async def measured(*flags: str, module: str = "wyoming_qwen_asr") -> AsyncIterator[Server]:
     """The tests' server, without the log that it prints for them."""
     with redirect_stdout(io.StringIO()):
-        async with serving(*flags) as server:
+        async with serving(*flags, module=module) as server:
             yield server
 
 

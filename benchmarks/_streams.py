@@ -7,9 +7,7 @@ import asyncio
 import sys
 from itertools import cycle, islice
 
-from wyoming.client import AsyncTcpClient
-
-from tests.conftest import load_recordings, send_audio, transcript_of
+from tests.conftest import Client, load_recordings, send_audio, transcript_of
 
 
 async def main(port: int, streams: int) -> None:
@@ -17,7 +15,7 @@ async def main(port: int, streams: int) -> None:
     waiting = set(range(streams))
 
     async def stream(number: int) -> None:
-        async with AsyncTcpClient("127.0.0.1", port) as client:
+        async with Client("127.0.0.1", port) as client:
             for pcm in islice(cycle(audio), number, None):
                 await send_audio(client, pcm)
                 await transcript_of(client)

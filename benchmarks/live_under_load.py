@@ -1,35 +1,27 @@
 """Does live speech wait for files? Final latency of a paced stream while a long file runs, against an idle model.
 
-The scheduler and a network of the 0.6B's shape in one process. Random weights say nothing and would go on for ever, so
-an answer is cut where speech of that length would end.
+The scheduler and a network of the 0.6B's shape in one process; see _network.py for what it says.
 """
 
 import argparse
 import asyncio
-import logging
 import random
-import tempfile
 import time
-import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from tests.conftest import DEMO
-from tests.network_fixtures import DECODER, ENCODER, sound
+from tests.network_fixtures import sound
 from wyoming_qwen_asr.audio import SAMPLE_RATE
 from wyoming_qwen_asr.events import Final, Message, Segment, SessionError, SessionStart
 from wyoming_qwen_asr.limits import MAX_UNCONFIRMED_FILE_SECONDS
-from wyoming_qwen_asr.model import loops
-from wyoming_qwen_asr.model import network as network_module
-from wyoming_qwen_asr.model.architecture import DecoderConfig, EncoderConfig, Shapes
-from wyoming_qwen_asr.model.checkpoint import Checkpoint, open_checkpoint
+from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.hardware import pick_device, pick_dtype, pick_threads
 from wyoming_qwen_asr.model.network import Network
 from wyoming_qwen_asr.model.scheduler import Scheduler
 
 from ._measure import percentile, table
+from ._network import checkpoint, scripted
 
 AIM = 1.5
 UTTERANCE_SECONDS = 4.0
@@ -37,45 +29,7 @@ CHUNK_SECONDS = 0.1
 BLOCKS = 4
 """Unloaded and loaded take turns, so that a machine that grows warm or busy does so for both."""
 
-TOKENS_PER_SECOND = 4
 FILE_SECONDS = 3600.0
-FOREVER = 1_000_000
-
-ENCODER_06B = EncoderConfig(
-    encoder_layers=18, encoder_attention_heads=14, encoder_ffn_dim=3584, d_model=896, output_dim=1024
-)
-DECODER_06B = DecoderConfig(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)
-"""And the defaults, which are those of every size."""
-
-
-class RandomWeights(Checkpoint):
-    """Nothing is read but the tokenizer."""
-
-    def weights(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        shapes: Shapes = self.shapes
-        dice = torch.Generator(device).manual_seed(1)
-
-        def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            if len(shape) == 1:
-                return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device, dtype=dtype)
-            return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.02, generator=dice)
-
-        return {name: draw(name, shape) for name, shape in shapes.items()}
-
-
-def network(tiny: bool) -> tuple[Network, str]:
-    """The network, and what it runs on."""
-    device, _ = pick_device("auto")
-    dtype, _ = pick_dtype("auto", device)
-    threads, _ = pick_threads(0)
-    torch.set_num_threads(threads)
-    encoder, decoder = (ENCODER, DECODER) if tiny else (ENCODER_06B, DECODER_06B)
-    with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(DEMO) as archive:
-            archive.extractall(folder)
-        tokenizer = open_checkpoint(Path(folder)).tokenizer
-    loaded = Network.load(RandomWeights("random", Path(), encoder, decoder, (), tokenizer), device, dtype)
-    return loaded, f"{device}, {dtype}, {threads} threads"
 
 
 @dataclass
@@ -164,23 +118,26 @@ def pcm_of(seconds: float, seed: int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="script/bench live_under_load", description=__doc__)
     parser.add_argument("--utterances", type=int, default=40, help="with and without a file, each")
     parser.add_argument("--tiny", action="store_true", help="a network of no interest, to try this out")
     args = parser.parse_args()
-    loaded_network, where = network(args.tiny)
-    logging.disable(logging.WARNING)  # of answers that ran on
-    loops._REPEATS = FOREVER
-    network_module.budget = lambda samples: max(1, samples * TOKENS_PER_SECOND // SAMPLE_RATE)
+    device, _ = pick_device("auto")
+    dtype, _ = pick_dtype("auto", device)
+    threads, _ = pick_threads(0)
+    torch.set_num_threads(threads)
+    with checkpoint(args.tiny) as folder:
+        network = Network.load(open_checkpoint(folder), device, dtype)
     bench = Bench()
-    bench.scheduler = Scheduler(loaded_network, bench.emit)
-    alone, loaded, speed = asyncio.run(measure(bench, args.utterances))
+    bench.scheduler = Scheduler(network, bench.emit, detector=lambda: lambda _: 1.0)
+    with scripted(0.75):
+        alone, loaded, speed = asyncio.run(measure(bench, args.utterances))
     rows = [
         (name, len(taken), *(1000 * percentile(taken, percent) for percent in (50, 95, 100)))
         for name, taken in (("alone", alone), ("while a file runs", loaded))
     ]
     table(("end of speech to final, ms", "N", "p50", "p95", "max"), rows)
-    print(f"{where}; the file runs at {speed:.2f} × real time beside it")
+    print(f"{device}, {dtype}, {threads} threads; the file runs at {speed:.2f} × real time beside it")
     print(f"p95 while a file runs ÷ alone: {percentile(loaded, 95) / percentile(alone, 95):.2f} (aim: at most {AIM})")
 
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from contextlib import redirect_stdout
 
+from .call import call
 from .evict import evict
 from .hostile_http import hostile_http
 from .hostile_wyoming import hostile_wyoming
@@ -26,6 +27,7 @@ SCENARIOS: dict[str, Scenario] = {
     "streams": streams,
     "http": hostile_http,
     "long": long_audio,
+    "call": call,
     "vanish": vanish,
     "evict": evict,
     "stop": stop,

@@ -21,7 +21,7 @@ END_SECONDS = 60.0
 MAX_GROWTH = 20.0
 """MB of the gateway's memory, over all streams of a round."""
 
-ANSWERS = {"info", "pong", "transcript", "error"}
+ANSWERS = {"info", "pong", "transcript-start", "transcript-chunk", "transcript", "transcript-stop", "error"}
 
 WARM_UP = 300
 """Streams until the gateway's memory is what it is at work."""

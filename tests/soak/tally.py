@@ -38,10 +38,30 @@ class Size:
     vanishing: int
     gaps: int
     """Utterances between which the model process may be evicted."""
+    call_seconds: float
+    """Of a call."""
 
 
-CI = Size(1, 400, kills=20, utterances=500, streams=10_000, in_process=200_000, forms=150, vanishing=200, gaps=24)
-FULL = Size(20, 3600, kills=50, utterances=500, streams=40_000, in_process=50_000, forms=500, vanishing=900, gaps=200)
+CI = Size(
+    *(1, 400),
+    *(20, 500),
+    streams=10_000,
+    in_process=200_000,
+    forms=150,
+    vanishing=200,
+    gaps=24,
+    call_seconds=600,
+)
+FULL = Size(
+    *(20, 3600),
+    *(50, 500),
+    streams=40_000,
+    in_process=50_000,
+    forms=500,
+    vanishing=900,
+    gaps=200,
+    call_seconds=3600,
+)
 
 
 @dataclass
