@@ -18,6 +18,7 @@ from wyoming_qwen_asr.limits import MAX_UNCONFIRMED_SECONDS
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.network import Network
 from wyoming_qwen_asr.process import Child
+from wyoming_qwen_asr.text import agreement
 
 from .service import rss
 from .tally import Size, Tally
@@ -92,7 +93,7 @@ async def _hear(child: Child, pcm: bytes) -> _Heard:
                 case Segment():
                     heard.segments.append(message)
                     heard.stable += len(stable)
-                    heard.retracted += 0 if message.text.startswith(stable) else len(stable)
+                    heard.retracted += len(stable) - agreement(stable, message.text)
                     heard.memory.append((message.end, rss(process)))
                     stable = ""
                 case Final():

@@ -63,7 +63,7 @@ class Job:
         self.windows = self.rows = 0  # computed again
         self._most_held = 0
         self._drafted = self._accepted = 0  # of the steps before
-        self.draft: list[int] = []  # the last answer that was done
+        self.draft: list[int] = []  # the last answer
         # The step:
         self.answer: Answer | None = None
         self.mel = head[:0]
@@ -97,10 +97,14 @@ class Job:
         return self.answer is None or self.answer.done
 
     def abandon(self) -> None:
-        """The step is of no use any more. What it has encoded and read of finished windows stays."""
+        """The step is of no use any more. What it has encoded and read of finished windows stays, and what it has
+        written beyond its draft is the draft of the next one."""
         if self.answer:
             self._drafted += self.answer.drafted
             self._accepted += self.answer.accepted
+            written = self.answer.ids
+            if self.answer.done or written != self.draft[: len(written)]:
+                self.draft = written
         self.answer = None
 
     def forget(self, length: int) -> None:

@@ -148,8 +148,6 @@ class Network:
         """
         expected = language if hint != "ignore" else None
         forced = expected is not None and hint == "force"
-        if job.answer and job.answer.done:
-            job.draft = job.answer.ids
         job.abandon()
         job.answer = Answer(self.tokenizer, budget(end), expected, forced, job.draft, job.context)
         job.guesses = []

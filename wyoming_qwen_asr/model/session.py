@@ -20,9 +20,11 @@ from .vad import FRAME, QUIET_FROM, Detector, Segmented, Segmenter
 STEP_SECONDS = 0.5
 """New audio that a step is worth."""
 
-STEP_REST = 2.0
-"""From the beginning of a step to that of the next one, as a multiple of what it took: half of the time is left, for
-the end of the segment and for others. So on a slow machine steps get longer and fewer, and there is never a backlog."""
+STEP_REST = 1.25
+"""From the beginning of a step to that of the next one, as a multiple of what it took: on a slow machine steps get
+longer and fewer, and there is never a backlog. More rest would cost more than it saves: a step writes all that was
+said since the one before, so where writing takes half as long as speaking, steps that rest half of the time fall
+behind for good. Nobody waits for a rest: whatever is more urgent goes before a step, or ends it."""
 
 
 @dataclass(frozen=True)
