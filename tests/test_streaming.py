@@ -277,10 +277,9 @@ def check(
     return heard
 
 
-@pytest.mark.parametrize("chunk", [320, 160_000])
-def test_every_recording(network: Network, chunk: int) -> None:
+def test_every_recording(network: Network) -> None:
     for recording in RECORDINGS:
-        assert check(network, recording.pcm + bytes(22_400), [chunk], new_detector).retracted == 0
+        assert check(network, recording.pcm + bytes(22_400), [320], new_detector).retracted == 0
 
 
 @pytest.mark.parametrize("language", ["en", "de"])

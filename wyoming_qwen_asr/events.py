@@ -165,7 +165,7 @@ class Segment:
     """Seconds from the start of the session; the audio before `end` is finished with."""
     end: float
     steps: int = 0
-    """Decodes of it while it was spoken, besides the last one."""
+    """Decodes of it before its end was known."""
     drafted: int = 0
     """Tokens of hypotheses that the decoder read again in one forward each,"""
     accepted: int = 0

