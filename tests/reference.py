@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
+
 from wyoming_qwen_asr.events import Final, Hint, Message, Partial, Segment, SessionError, SessionStart
 from wyoming_qwen_asr.model.job import Recognition
 from wyoming_qwen_asr.model.network import Network, Piece
@@ -15,6 +17,11 @@ from wyoming_qwen_asr.model.scheduler import Scheduler
 from wyoming_qwen_asr.model.session import Pace, Stream
 from wyoming_qwen_asr.model.vad import Detector, Segmenter, new_detector
 from wyoming_qwen_asr.text import agreement, join
+
+
+def floats(pcm: bytes) -> Samples:
+    """16-bit PCM as the network takes it."""
+    return np.asarray(np.frombuffer(pcm, "<i2") / np.float32(32_768), np.float32)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from wyoming_qwen_asr.model import session as session_module
 from wyoming_qwen_asr.model import vad
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.network import Network
-from wyoming_qwen_asr.model.resample import Samples
 from wyoming_qwen_asr.model.scheduler import Scheduler
 from wyoming_qwen_asr.model.session import Pace, Part, Stream
 
 from .conftest import DEMO, load_recordings
-from .reference import Offline, offline
+from .reference import Offline, floats, offline
 
 SAID = [recording.pcm for recording in load_recordings()]
 """Each begins with 0.3 s of silence and ends with 0.5 s of it."""
@@ -81,10 +80,6 @@ class Talk:
     @property
     def start(self) -> SessionStart:
         return SessionStart(SAMPLE_RATE, 2, 1, self.language, self.hint, self.context, live=self.live)
-
-
-def floats(pcm: bytes) -> Samples:
-    return np.asarray(np.frombuffer(pcm, "<i2") / np.float32(32_768), np.float32)
 
 
 def reference(talk: Talk) -> Offline:

@@ -32,6 +32,7 @@ from wyoming_qwen_asr.model.vad import (
     TAIL,
 )
 
+from .reference import floats
 from .stage import (
     LONG,
     SAID,
@@ -42,7 +43,6 @@ from .stage import (
     check,
     check_session,
     cut_short,
-    floats,
     network,
     one_thread,
     plain,

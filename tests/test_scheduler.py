@@ -29,6 +29,7 @@ from wyoming_qwen_asr.model.scheduler import LISTEN_FRAMES, SLOTS, Scheduler
 from wyoming_qwen_asr.model.session import Part, Step
 from wyoming_qwen_asr.text import join
 
+from .reference import floats
 from .stage import (
     LONG,
     SAID,
@@ -40,7 +41,6 @@ from .stage import (
     check_session,
     cut_short,
     detector,
-    floats,
     network,
     one_thread,
     plain,

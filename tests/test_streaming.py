@@ -18,12 +18,11 @@ from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.features import RANGE, LogMel, log_mel, scaled
 from wyoming_qwen_asr.model.job import Job
 from wyoming_qwen_asr.model.network import Abandoned, Network, Piece
-from wyoming_qwen_asr.model.resample import Samples
 from wyoming_qwen_asr.model.vad import Detector, new_detector
 
 from .conftest import DEMO, Recording, load_recordings
 from .network_fixtures import random_checkpoint, sound, unpack_demo
-from .reference import Streamed, offline, streamed
+from .reference import Streamed, floats, offline, streamed
 
 CPU = torch.device("cpu")
 CHUNK = 3200
@@ -45,10 +44,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def network() -> Network:
     return Network.load(open_checkpoint(DEMO), CPU, torch.float32)
-
-
-def floats(pcm: bytes) -> Samples:
-    return np.asarray(np.frombuffer(pcm, "<i2") / np.float32(32_768), np.float32)
 
 
 def talk(seconds: float, seed: int, language: str = "en") -> bytes:

@@ -19,7 +19,18 @@ from wyoming.info import Describe, Info
 from wyoming_qwen_asr.events import read_event
 from wyoming_qwen_asr.wyoming.transcript import Answer
 
-from .conftest import SECONDS, Client, Recording, Server, answer_of, metric, send_audio, serving, transcript_of
+from .conftest import (
+    SECONDS,
+    Client,
+    Recording,
+    Server,
+    StartServer,
+    answer_of,
+    metric,
+    send_audio,
+    serving,
+    transcript_of,
+)
 from .fake_model import WORDS, streamed_text, words_of
 
 ROOT = Path(__file__).parent.parent
@@ -237,3 +248,19 @@ async def test_a_client_that_does_not_read_is_not_waited_for() -> None:
     ]
     writer.close()
     their_writer.close()
+
+
+async def test_settings_of_streaming_reach_the_model_process(start_server: StartServer, clear: list[Recording]) -> None:
+    """Spoken at its pace: by default there are steps on the way, and early chunks of a longer text."""
+    server = await start_server("--chunk-size-sec=30", "--unfixed-chunk-num=100", "--window-seconds=1", "--preload")
+    await server.logged("Model ready")
+    pcm = clear[1].pcm
+    async with server.client() as client:
+        await client.write_event(AudioStart(16000, 2, 1).event())
+        for at in range(0, len(pcm), 3200):
+            await client.write_event(AudioChunk(16000, 2, 1, pcm[at : at + 3200]).event())
+            await asyncio.sleep(0.1)
+        await client.write_event(AudioStop().event())
+        assert (await transcript_of(client)).text == clear[1].text
+        assert client.heard == [clear[1].text], "nothing is shown before the end"
+    assert int((await server.logged(r"utterance .* steps=(\d+)"))[1]) <= 1, "ahead of the end, at most"

@@ -31,12 +31,9 @@ from wyoming_qwen_asr.model.vad import (
 )
 
 from .conftest import Recording, load_recordings
+from .reference import floats
 
 property_test = settings(deadline=None, derandomize=True, max_examples=60)
-
-
-def floats(pcm: bytes) -> Samples:
-    return np.asarray(np.frombuffer(pcm, "<i2") / np.float32(32_768), np.float32)
 
 
 def heard(*probabilities: float) -> Speech:

@@ -6,13 +6,12 @@ import tempfile
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import psutil
 import torch
 
 from tests.conftest import DEMO, load_recordings
 from tests.network_fixtures import unpack_demo
-from tests.reference import offline
+from tests.reference import floats, offline
 from wyoming_qwen_asr.events import Final, Partial, Ready, Segment, SessionAudio, SessionEnd, SessionStart, from_event
 from wyoming_qwen_asr.limits import MAX_UNCONFIRMED_SECONDS
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
@@ -48,8 +47,7 @@ async def call(size: Size, rng: Random, tally: Tally) -> str:
         finally:
             await child.stop()
     network = Network.load(open_checkpoint(DEMO), torch.device("cpu"), torch.float32)
-    samples = np.asarray(np.frombuffer(pcm, "<i2") / np.float32(32_768), np.float32)
-    expected = await asyncio.to_thread(offline, network, samples)
+    expected = await asyncio.to_thread(offline, network, floats(pcm))
     tally.sessions += 1
     tally.utterances += len(expected.segments)
     texts = [segment.text for segment in heard.segments]

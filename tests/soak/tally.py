@@ -43,8 +43,10 @@ class Size:
 
 
 CI = Size(
-    *(1, 400),
-    *(20, 500),
+    rounds=1,
+    round_seconds=400,
+    kills=20,
+    utterances=500,
     streams=10_000,
     in_process=200_000,
     forms=150,
@@ -53,8 +55,10 @@ CI = Size(
     call_seconds=600,
 )
 FULL = Size(
-    *(20, 3600),
-    *(50, 500),
+    rounds=20,
+    round_seconds=3600,
+    kills=50,
+    utterances=500,
     streams=40_000,
     in_process=50_000,
     forms=500,

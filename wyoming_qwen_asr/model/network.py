@@ -130,7 +130,6 @@ class Network:
         place = prompt.index(self.tokenizer.audio_pad)
         return Job(context, self.embed(prompt[:place]), self.embed(prompt[place + 1 :]), self.device)
 
-    # --- units: each is short, so that something more urgent can come in between
     # --- units: each is short, so that something more urgent can come in between ------------------------------------
     @torch.inference_mode()
     def hear(
