@@ -277,11 +277,14 @@ async def test_the_second_strike_fails() -> None:
 
 
 async def test_a_replay_too_many() -> None:
-    """Whatever ended the processes; but those that never had the audio do not count."""
+    """Whatever ended the processes; but those that never had the audio, or were killed from outside, do not count."""
     session = new()
     await session.feed(pcm(1))
     for _ in range(50):
         session.restart(struck=False)
+    for _ in range(50):
+        assert taken(session)[0]
+        session.restart(struck=False, killed=True)
     for _ in range(MAX_REPLAYS + 1):
         assert taken(session)[0]
         session.restart(struck=False)
@@ -292,14 +295,15 @@ async def test_a_replay_too_many() -> None:
 
 
 def test_time_for_replays() -> None:
-    """Only that counts which is spent on replays."""
-    tries = Tries()
-    tries.begin(0.0)
-    assert tries.died(1000.0, struck=False) is None
-    tries.begin(2000.0)
-    assert tries.died(2000.0 + REPLAY_SECONDS / 2, struck=False) is None
-    tries.begin(3000.0)
-    assert tries.died(3001.0 + REPLAY_SECONDS / 2, struck=False) is not None
+    """Only that counts which is spent on replays, whoever ended the processes."""
+    for killed in (False, True):
+        tries = Tries()
+        tries.begin(0.0)
+        assert tries.died(1000.0, struck=False, killed=killed) is None
+        tries.begin(2000.0)
+        assert tries.died(2000.0 + REPLAY_SECONDS / 2, struck=False, killed=killed) is None
+        tries.begin(3000.0)
+        assert tries.died(3001.0 + REPLAY_SECONDS / 2, struck=False, killed=killed) is not None
 
 
 async def test_nothing_is_emitted_twice() -> None:

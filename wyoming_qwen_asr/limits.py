@@ -55,7 +55,8 @@ MAX_STRIKES = 2
 """Model processes that may crash, hang or run out of memory over one session: the second time it was alone."""
 
 MAX_REPLAYS = 5
-"""Of one session's audio to another model process, whatever ended the one before; waiting for a load is none."""
+"""Of one session's audio to another model process, after one that was not killed from outside: that costs time alone,
+and no utterance is lost however often it happens in REPLAY_SECONDS."""
 
 REPLAY_SECONDS = 60.0
 """Spent on replays of one session in all; after that there is not another one."""

@@ -243,7 +243,7 @@ class Engine:
             elif not session.finished:
                 struck = cause is not None and cause.strikes and session.number in life.working
                 self._metrics.strikes.inc(struck)
-                session.restart(struck=struck)
+                session.restart(struck=struck, killed=cause is Cause.KILLED)
                 self._metrics.replays.inc(not session.finished)
         if self._breaker.open and not was_open:
             _LOGGER.error("New work is refused for %.0f s: the model process keeps failing", self.patience.trial)

@@ -73,6 +73,7 @@ class Tries:
         self.suspect = False
         """It was computed when a model process crashed, hung or ran out of memory, and has not come through since, so
         it is computed alone."""
+        self._failures = 0
         self._seconds = 0.0
         self._since: float | None = None
 
@@ -81,9 +82,9 @@ class Tries:
         if self.replays:
             self._since = now
 
-    def died(self, now: float, *, struck: bool) -> AsrError | None:
+    def died(self, now: float, *, struck: bool, killed: bool = False) -> AsrError | None:
         """That process is gone; an error when another try is not worth it. `struck`: it failed by itself, while it
-        computed this session."""
+        computed this session. `killed`: from outside, which says nothing about this session and costs it only time."""
         if self._since is not None:
             self._seconds += now - self._since
             self._since = None
@@ -92,7 +93,8 @@ class Tries:
             self.suspect = True
             if self.strikes >= MAX_STRIKES:
                 return ModelFailed("the model process fails over this audio")
-        if self.replays >= MAX_REPLAYS or self._seconds > REPLAY_SECONDS:
+        self._failures += not killed
+        if self._failures > MAX_REPLAYS or self._seconds > REPLAY_SECONDS:
             return ModelFailed("the model process died over this audio again and again")
         self.replays += 1
         return None

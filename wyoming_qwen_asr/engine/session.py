@@ -219,14 +219,14 @@ class Session:
             self._error = error
             self._news.set()
 
-    def restart(self, *, struck: bool) -> None:
-        """The model process is gone: begin again with the retained audio, in the next one. `struck`: it failed by
-        itself while it computed this session. That, or a replay too many, fails the session in the end."""
+    def restart(self, *, struck: bool, killed: bool = False) -> None:
+        """The model process is gone: begin again with the retained audio, in the next one. `struck` and `killed` are
+        those of `Tries.died`. Strikes, or a replay too many, fail the session in the end."""
         if self._sent is None or self.finished:
             return  # that process never had it
         self._sent = self.end_sent = None
         self._cursor.restart()
-        if error := self.tries.died(asyncio.get_running_loop().time(), struck=struck):
+        if error := self.tries.died(asyncio.get_running_loop().time(), struck=struck, killed=killed):
             self.fail(error)
         else:
             self.record.replayed()
