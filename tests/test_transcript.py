@@ -55,26 +55,26 @@ def pcm(clear: list[Recording]) -> bytes:
 
 
 async def speak(client: Client, pcm: bytes, request: Event = REQUEST, until: int | None = None) -> None:
-    """Say all but the end of an utterance, and wait until so many words of it have been heard: by default all that can
-    be."""
+    """Say all but the end of an utterance, and wait until so many words of it have been heard: by default all but the
+    last whole one, of which the server may keep a part until the end."""
     await client.write_event(request)
     await client.write_event(AudioStart(*FORM).event())
     for at in range(0, len(pcm), 1600):
         await client.write_event(AudioChunk(*FORM, pcm[at : at + 1600]).event())
         await asyncio.sleep(0)
-    words = len(words_of(pcm, ended=False)) if until is None else until
+    words = len(words_of(pcm, ended=False)) - 1 if until is None else until
     async with asyncio.timeout(SECONDS):
         while len("".join(client.chunks or []).split()) < words:
             await asyncio.sleep(0.01)
 
 
 async def test_words_come_while_they_are_spoken(server: Server, pcm: bytes) -> None:
-    """All but the last one before the audio ends, twice on a connection."""
+    """All but the last ones before the audio ends, twice on a connection."""
     async with server.client() as client:
         for audio in (pcm, pcm[3200:]):
             hearing = asyncio.create_task(transcript_of(client))
             await speak(client, audio)
-            assert "".join(client.chunks or []) == " ".join(words_of(audio, ended=False))
+            assert " ".join(words_of(audio, ended=False)).startswith("".join(client.chunks or []))
             assert len(client.chunks or []) > 3
             await client.write_event(AudioStop().event())
             transcript = await hearing
