@@ -6,6 +6,7 @@ is taken to have found come from a script: a number of them per second of audio,
 
 import json
 import math
+import random
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,7 @@ class Scripted(Answer):
         tag = len(self._tag)
         right = int(self.acceptance * max(0, len(self._draft) - tag - REJECTED))
         length = max(right, round(TOKENS_PER_SECOND * self.seconds))
-        fresh = [20 + (7919 * at + 104_729 * self._salt) % 500 for at in range(length)]
+        fresh = random.Random(self._salt).choices(range(20, 520), k=length)
         kept = self._draft[tag : tag + right]
         # What is rejected must differ from the draft.
         wrong = [new + (old == new) for new, old in zip(fresh[right:], self._draft[tag + right :], strict=False)]

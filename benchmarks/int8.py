@@ -12,6 +12,7 @@ from wyoming_qwen_asr.model.architecture import DecoderConfig
 from wyoming_qwen_asr.model.decoder import Cache, Decoder
 from wyoming_qwen_asr.model.hardware import pick_dtype, pick_threads
 from wyoming_qwen_asr.model.int8 import quantise
+from wyoming_qwen_asr.model.packed import pack
 
 from ._measure import median, table
 from ._network import DECODER_06B
@@ -73,6 +74,8 @@ def main() -> None:
     plain, other = build(DECODER if args.tiny else DECODER_06B, dtype)
     began = time.perf_counter()
     print(f"{quantise(other)}; made in {time.perf_counter() - began:.1f} s")
+    pack(plain)
+    pack(other)
     name = str(dtype).removeprefix("torch.")
     lines = []
     for count in ROWS:

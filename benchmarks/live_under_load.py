@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -125,11 +126,13 @@ def main() -> None:
     device, _ = pick_device("auto")
     dtype, _ = pick_dtype("auto", device)
     threads, _ = pick_threads(0)
-    torch.set_num_threads(threads)
+    compute = ThreadPoolExecutor(1)  # as in the model process
+    compute.submit(torch.set_num_threads, threads).result()
     with checkpoint(args.tiny) as folder:
-        network = Network.load(open_checkpoint(folder), device, dtype)
+        network = compute.submit(Network.load, open_checkpoint(folder), device, dtype).result()
+        compute.submit(network.pack).result()
     bench = Bench()
-    bench.scheduler = Scheduler(network, bench.emit, detector=lambda: lambda _: 1.0)
+    bench.scheduler = Scheduler(network, compute, bench.emit, detector=lambda: lambda _: 1.0)
     with scripted(0.75):
         alone, loaded, speed = asyncio.run(measure(bench, args.utterances))
     rows = [

@@ -19,8 +19,9 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ from ._measure import median, table
 from ._network import REJECTED, checkpoint, samples, scripted, tokens
 
 CPU = torch.device("cpu")
+COMPUTE = ThreadPoolExecutor(1)
+"""Both sides compute in one thread, as the model process does, and nothing else does: see hardware.spin_briefly."""
+T = TypeVar("T")
+
 CHUNK_SIZE_SEC = 2.0
 """The official default."""
 ACCEPTANCES = (1.0, 0.75, 0.5)
@@ -48,6 +53,10 @@ FORCED = {"language": "English", "hint": "force", "context": ""}
 FLAT_AIM, TOTAL_AIM = 1.1, 0.15
 END_AIMS = {8: (0.35, 0.25), 24: (0.12, 0.08)}
 """Seconds of a clip: what is promised in bfloat16, and hoped for in 8 bits."""
+
+
+def computed(call: Callable[..., T], *args: Any) -> T:
+    return COMPUTE.submit(call, *args).result()
 
 
 def speaking() -> Callable[[Samples], float]:
@@ -116,10 +125,10 @@ async def end(network: Network, seconds: float, acceptance: float) -> float:
             done.set_result(time.perf_counter())
 
     with scripted(acceptance):
-        scheduler = Scheduler(network, emit, detector=speaking)
+        scheduler = Scheduler(network, COMPUTE, emit, detector=speaking)
         running = asyncio.create_task(scheduler.run())
         scheduler.start(1, SessionStart(16_000, 2, 1, **FORCED))  # type: ignore[arg-type]
-        pcm, size = pcm_of(seconds), 320
+        pcm, size = computed(pcm_of, seconds), 320
         due = time.perf_counter()
         for at in range(0, len(pcm), size):
             due += size / 32_000
@@ -145,8 +154,9 @@ class Official:
             torch.set_flush_denormal(False)  # one of its libraries loses subnormal numbers for good
 
     @torch.inference_mode()
-    def recognise(self, audio: Samples, prefix: int, new: int) -> float:
-        """Seconds for a recording, with so many tokens of the text given and so many to write."""
+    def recognise(self, seconds: float, prefix: int, new: int) -> float:
+        """How long a recording takes, with so many tokens of the text given and so many to write."""
+        audio = sound(seconds).numpy()
         began = time.perf_counter()
         text = self._model._build_text_prompt(context="", force_language="English")
         inputs = self._model.processor(text=[text], audio=[audio], return_tensors="pt", padding=True)
@@ -158,14 +168,14 @@ class Official:
         assert out.sequences.shape[1] == inputs["input_ids"].shape[1] + new
         return time.perf_counter() - began
 
-    def refeed(self, audio: Samples) -> float:
-        """Seconds for all steps of a stream."""
+    def refeed(self, seconds: float) -> float:
+        """How long all steps of a stream take."""
         spent, written = 0.0, 0
-        for number in range(1, int(len(audio) / samples(CHUNK_SIZE_SEC)) + 1):
+        for number in range(1, int(seconds / CHUNK_SIZE_SEC) + 1):
             heard = number * CHUNK_SIZE_SEC
             prefix = max(0, written - REJECTED) if number > 2 else 0
             written = tokens(heard)
-            spent += self.recognise(audio[: samples(heard)], prefix, written - prefix)
+            spent += self.recognise(heard, prefix, written - prefix)
         return spent
 
 
@@ -179,17 +189,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=["flat", "total", "end"], default=["flat", "total", "end"])
     parser.add_argument("--tiny", action="store_true", help="a network of no interest, to try this out")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    computed(torch.set_num_threads, args.threads)
     logging.disable(logging.WARNING)  # of answers that ran on
-    dtype, _ = pick_dtype(args.dtype, CPU)
-    with checkpoint(args.tiny) as folder:
-        opened = open_checkpoint(folder)
-        networks = {args.dtype: Network.load(opened, CPU, dtype), "int8": Network.load(opened, CPU, dtype)}
-        quantise(networks["int8"].decoder)
-        official = Official(folder, dtype)
+    networks, official = computed(load, args.dtype, args.tiny)
     plain = networks[args.dtype]
-    stream(plain, 4, 1.0)  # warms up
-    official.recognise(sound(4).numpy(), 0, 4)
+    computed(stream, plain, 4, 1.0)  # warms up
+    computed(official.recognise, 4, 0, 4)
     print(f"{args.threads} threads, {args.dtype} on both sides\n")
     if "flat" in args.only:
         flat(plain, args.minutes)
@@ -199,8 +204,19 @@ def main() -> None:
         ends(networks, official, args.repetitions)
 
 
+def load(name: str, tiny: bool) -> tuple[dict[str, Network], Official]:
+    dtype, _ = pick_dtype(name, CPU)
+    with checkpoint(tiny) as folder:
+        opened = open_checkpoint(folder)
+        networks = {each: Network.load(opened, CPU, dtype) for each in (name, "int8")}
+        quantise(networks["int8"].decoder)
+        for network in networks.values():
+            network.pack()
+        return networks, Official(folder, dtype)
+
+
 def flat(network: Network, minutes: float) -> None:
-    clock = stream(network, 60 * minutes, 0.75)
+    clock = computed(stream, network, 60 * minutes, 0.75)
     spent: dict[int, list[float]] = defaultdict(list)
     for heard, duration in clock.steps:
         spent[int(heard / 60.001)].append(duration)
@@ -214,11 +230,11 @@ def flat(network: Network, minutes: float) -> None:
 
 
 def total(networks: dict[str, Network], official: Official, seconds: float) -> None:
-    theirs = official.refeed(sound(seconds).numpy())
+    theirs = computed(official.refeed, seconds)
     rows: list[tuple[str, float, float]] = [("official re-feed", theirs, 1.0)]
     for name, network in networks.items():
         for acceptance in ACCEPTANCES:
-            ours = stream(network, seconds, acceptance).total()
+            ours = computed(stream, network, seconds, acceptance).total()
             rows.append((f"ours, {name}, {acceptance:.0%} of drafts right", ours, ours / theirs))
     table((f"compute for {seconds:.0f} s of audio", "s", "÷ official"), rows)
     print(f"aim: at most {TOTAL_AIM}\n")
@@ -227,10 +243,9 @@ def total(networks: dict[str, Network], official: Official, seconds: float) -> N
 def ends(networks: dict[str, Network], official: Official, repetitions: int) -> None:
     rows = []
     for seconds, (promised, hoped) in END_AIMS.items():
-        audio = sound(seconds).numpy()
         theirs, ours = [], defaultdict(list)
         for _ in range(repetitions):  # in turns, so that a machine that grows busy does so for all
-            theirs.append(official.recognise(audio, 0, tokens(seconds)))
+            theirs.append(computed(official.recognise, seconds, 0, tokens(seconds)))
             for name, network in networks.items():
                 for acceptance in ACCEPTANCES:
                     # Not always at the same place between two steps.

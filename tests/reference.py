@@ -110,8 +110,7 @@ def streamed(
                 raise AssertionError(message)
 
     async def play() -> None:
-        scheduler = Scheduler(network, emit, pace or Pace(chunk_size_sec=0.5), detector)
-        scheduler._compute = Inline()
+        scheduler = Scheduler(network, Inline(), emit, pace or Pace(chunk_size_sec=0.5), detector)
         delivered = scheduler._deliver
 
         async def deliver(stream: Stream) -> None:

@@ -114,8 +114,7 @@ class Stage(Executor):
     """A scheduler, and the executor of its units. `cues`: what happens once unit n (from 1) has been decided on."""
 
     def __init__(self, pace: Pace | None = None) -> None:
-        self.scheduler = Scheduler(network(), self._emit, pace or Pace(chunk_size_sec=0.5), detector)
-        self.scheduler._compute = self
+        self.scheduler = Scheduler(network(), self, self._emit, pace or Pace(chunk_size_sec=0.5), detector)
         self.log: list[Unit | tuple[int, Message]] = []
         self.cues: dict[int, list[Callable[[], None]]] = defaultdict(list)
         self.units = 0

@@ -1,5 +1,6 @@
 """What `auto` picks, on machines made of files and of pretended GPUs."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from wyoming_qwen_asr.errors import CheckpointError
 from wyoming_qwen_asr.model import hardware
-from wyoming_qwen_asr.model.hardware import pick_device, pick_dtype, pick_model, pick_threads
+from wyoming_qwen_asr.model.hardware import pick_device, pick_dtype, pick_model, pick_threads, spin_briefly
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -189,3 +190,18 @@ def test_reasons_are_for_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cuda:1")[1] == "as set"
     assert pick_model("cuda:0")[1] == "the GPU has 7.9 GB, the larger one wants 8.0"
     assert pick_model("cuda:1")[1] == "the GPU has 24.0 GB"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, str(hardware.SPINS)),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, None),
+    ],
+)
+def test_threads_spin_briefly(given: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the environment says something else."""
+    monkeypatch.setattr(os, "environ", dict(given))
+    spin_briefly()
+    assert os.environ == given | ({} if found is None else {"GOMP_SPINCOUNT": found})

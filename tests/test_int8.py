@@ -51,6 +51,12 @@ def gaussian(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 def reference(weight: Tensor, x: Tensor, levels: int) -> Tensor:
     """The same arithmetic the plain way: whole numbers, multiplied and summed as such."""
 
@@ -75,7 +81,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(1024, 1024), (48, 3072), (1, 7), (130, 100), (5000, 16)])
 def test_the_kernel_equals_the_plain_way(shape: tuple[int, int], levels: int) -> None:
     weight = gaussian(*shape) * torch.logspace(-3, 3, shape[0])[:, None]  # channels of very different sizes
-    layer = Int8Linear(weight, levels)
+    layer = Int8Linear(linear(weight), levels)
     for rows in range(1, MAX_ROWS + 1):
         x = gaussian(rows, shape[1], seed=rows) * torch.logspace(-4, 4, rows)[:, None]
         torch.testing.assert_close(layer(x).double(), reference(weight, x, levels), rtol=1e-6, atol=1e-30)
@@ -85,7 +91,7 @@ def test_the_kernel_equals_the_plain_way(shape: tuple[int, int], levels: int) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_goes_in_comes_out_in_the_same_dtype(dtype: torch.dtype) -> None:
     weight, x = gaussian(64, 128).to(dtype), gaussian(5, 128, seed=2).to(dtype)
-    got = Int8Linear(weight, 63)(x)
+    got = Int8Linear(linear(weight), 63)(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), reference(weight, x, 63), rtol=torch.finfo(dtype).eps, atol=0)
 
@@ -99,7 +105,7 @@ def test_what_goes_in_comes_out_in_the_same_dtype(dtype: torch.dtype) -> None:
 def test_rounding_bounds_the_error_and_rows_are_on_their_own(rows: list[list[float]], seed: int) -> None:
     """Half a step of each factor is all that is lost; company changes nothing, to the last bit."""
     weight, x = gaussian(9, 12, seed=seed), torch.tensor(rows)
-    layer = Int8Linear(weight, LEVELS)
+    layer = Int8Linear(linear(weight), LEVELS)
     got = layer(x)
     assert torch.equal(got, torch.cat([layer(row[None]) for row in x]))
     w, a = weight.double(), x.double()
@@ -113,7 +119,7 @@ def test_rounding_bounds_the_error_and_rows_are_on_their_own(rows: list[list[flo
 @pytest.mark.parametrize("levels", BOTH)
 def test_error_against_float32(levels: int) -> None:
     weight, x = gaussian(2048, 1024), gaussian(MAX_ROWS, 1024, seed=2)
-    assert error(Int8Linear(weight, levels)(x), F.linear(x, weight)) < GAUSSIAN_ERROR[levels]
+    assert error(Int8Linear(linear(weight), levels)(x), F.linear(x, weight)) < GAUSSIAN_ERROR[levels]
 
 
 @needs_kernel
@@ -121,7 +127,7 @@ def test_error_against_float32(levels: int) -> None:
 def test_an_outlier_costs_its_own_row_alone(levels: int) -> None:
     """With a scale for all rows, the quiet ones would have lost everything."""
     weight, x = gaussian(2048, 1024), gaussian(4, 1024, seed=2) * torch.tensor([1.0, 0.01, 1.0, 1.0])[:, None]
-    layer = Int8Linear(weight, levels)
+    layer = Int8Linear(linear(weight), levels)
     alone = layer(x)
     x[2, 77] = 60.0
     got = layer(x)
@@ -134,17 +140,17 @@ def test_an_outlier_costs_its_own_row_alone(levels: int) -> None:
 @needs_kernel
 def test_many_rows_take_the_original_weights() -> None:
     weight, x = gaussian(64, 128), gaussian(MAX_ROWS + 1, 128, seed=2)
-    layer = Int8Linear(weight, LEVELS)
+    layer = Int8Linear(linear(weight), LEVELS)
     assert torch.equal(layer(x), F.linear(x, weight))
     assert not torch.equal(layer(x[:-1]), F.linear(x[:-1], weight))
-    assert layer.weight.data_ptr() == weight.data_ptr(), "they are not kept twice"
+    assert layer.original.weight.data_ptr() == weight.data_ptr(), "they are not kept twice"
 
 
 @needs_kernel
 def test_nothing_and_no_numbers() -> None:
     weight, x = gaussian(16, 32), gaussian(6, 32, seed=2)
     weight[3] = 0
-    layer = Int8Linear(weight, LEVELS)
+    layer = Int8Linear(linear(weight), LEVELS)
     expected = layer(x)
     x[1], x[2, 5], x[4, 0] = 0, float("nan"), float("inf")
     got = layer(x)
@@ -185,9 +191,10 @@ def test_every_linear_layer_and_the_head_are_quantised(tied: bool, tmp_path: Pat
     found = {name: module for name, module in decoder.named_modules() if isinstance(module, Int8Linear)}
     assert set(found) == {*linears, "lm_head"}
     assert len(found) == 7 * decoder.config.num_hidden_layers + 1
-    assert not any(isinstance(module, nn.Linear) for module in decoder.modules())
+    originals = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    assert originals == {f"{name}.original" for name in found}
     assert decoder.embed_tokens.weight is embedding
-    assert (found["lm_head"].weight.data_ptr() == embedding.data_ptr()) == tied
+    assert (found["lm_head"].original.weight.data_ptr() == embedding.data_ptr()) == tied
 
 
 @torch.inference_mode()

@@ -162,12 +162,17 @@ def test_a_step_for_so_much_new_audio(chunk: float) -> None:
     assert len(ends) - 1 == stage.segments(1)[0].steps > 6
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["alone", "a file waits"])
 @pytest.mark.parametrize("cost", [0.001, 0.02, 0.06, 0.3])
-def test_steps_leave_half_of_the_time(cost: float) -> None:
-    """On a fast machine they come as the audio does, on a slow one they get fewer."""
+def test_steps_follow_one_another(cost: float, waits: bool) -> None:
+    """On a fast machine they come as the audio does, on a slow one they get fewer; they leave time for a file."""
     stage = Stage(Pace())
     stage.cost = lambda _: cost
     talk = Talk(STEADY[: 12 * SECOND])
+    if waits:
+        stage.cues[0].append(lambda: stage.say(2, Talk(b"", live=False), end=False))
+        stage.at(12.5, lambda: stage.scheduler.cancel(2))
+    rest = STEP_REST if waits else 1.0
     stage.speak(1, talk)
     check(stage.play(), {1: talk})
     begun = [unit for unit in steps(stage) if not unit.exact]
@@ -177,9 +182,9 @@ def test_steps_leave_half_of_the_time(cost: float) -> None:
         last = computed[computed_index(computed, after) - 1]
         took = last.began + cost - before.began
         assert after.end - before.end >= STEP_SECONDS * SAMPLE_RATE
-        assert after.began >= before.began + STEP_REST * took - 1e-9
+        assert after.began >= before.began + rest * took - 1e-9
         enough = (before.end + STEP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE
-        due = max(before.began + STEP_REST * took, enough)
+        due = max(before.began + rest * took, enough)
         assert after.began <= due + 0.1 + FRAME / SAMPLE_RATE + 1e-9, "it comes when it is due, by the next chunk"
 
 
@@ -435,8 +440,8 @@ def test_a_full_lane_of_steps_gives_way_to_one_that_stands() -> None:
     def watch() -> None:
         """Once the lane is full, and another one waits, somebody stops speaking."""
         assert len(lane.parts) <= SLOTS
-        streams = stage.scheduler._streams
-        if not passing and len(lane.parts) == SLOTS and any(streams[number].next(0.0) for number in speakers):
+        waiting = (stage.scheduler._streams[number].next(0.0, rest=False) for number in speakers)
+        if not passing and len(lane.parts) == SLOTS and any(waiting):
             passing.extend(lane.parts)
             stage.hear(20, SILENCE)
         if passing and not left and any(part.number == 20 for part in lane.parts):

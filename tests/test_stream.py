@@ -226,24 +226,48 @@ def play(answer: Answer, likeliest: Callable[[Sequence[int]], int]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("draft", "accepted", "forwards"),
+    ("draft", "drafted", "accepted", "forwards"),
     [
-        ([], 0, 10),
-        (said("Turn on the kitchen light.")[:-1], 9, 1),
-        (said("Turn on the")[:-1], 6, 4),
-        (said("Turn off the kitchen light.")[:-1], 4, 6),
-        (said("Schalte das", "German")[:-1], 1, 9),
-        (said("Turn on the kitchen light. Now.")[:-1], 9, 1),
+        ([], 0, 0, 10),
+        (said("Turn on the kitchen light.")[:-1], 9, 9, 1),
+        (said("Turn on the")[:-1], 6, 6, 4),
+        (said("Schalte das", "German")[:-1], 5 + 2, 1, 9),  # the tag's end is the same again, what follows is not
+        (said("Turn on the kitchen light. Now.")[:-1], 12, 9, 1),
+        # It is left, and taken up again: another word, one more, one less, one more at its start.
+        (said("Turn off the kitchen light.")[:-1], 9 + 3, 4 + 3, 3),
+        (said("Turn on the old kitchen light.")[:-1], 12 + 2, 6 + 2, 2),
+        (said("Turn on the light.")[:-1], 8 + 1, 6 + 1, 3),
+        (said("on the kitchen light.")[:-1], 9 + 3, 3 + 3, 4),
     ],
 )
-def test_a_draft_costs_one_forward_where_it_is_right(draft: list[int], accepted: int, forwards: int) -> None:
+def test_a_draft_costs_one_forward_where_it_is_right(
+    draft: list[int], drafted: int, accepted: int, forwards: int
+) -> None:
     ids = said("Turn on the kitchen light.")
     answer = Answer(tokenizer(), 100, draft=draft)
     taken = play(answer, decoder(ids))
     assert answer.ids == ids[:-1]
-    assert (answer.drafted, answer.accepted) == (len(draft), min(accepted, len(ids) - 1))
+    assert (answer.drafted, answer.accepted, taken) == (drafted, accepted, forwards)
     assert taken == len(ids) - answer.accepted
-    assert taken <= forwards
+
+
+def test_what_is_left_of_a_draft() -> None:
+    """An answer that is not finished is followed by what the draft has behind the place where it was left, not in the
+    place of it; one that is finished, by nothing. One that was left is read ahead in small parts."""
+    draft = said("Turn off the kitchen light, and then tell me how long it is going to rain in the north today.")[:-1]
+    answer = Answer(tokenizer(), 100, draft=draft)
+    assert answer.likely == answer.ahead == draft
+    written = said("Turn on the kitchen light, and then tell me how long it is going to rain in the north today.")
+    for count, token in enumerate(written[:-1], 1):
+        answer.take(token)
+        assert answer.likely == [*written[:count], *draft[count:]]
+        left = len(draft) - count
+        assert len(answer.ahead) == (left if count < 5 else 0 if count == 5 else min(15, left))
+    assert len(draft) - 6 > 15
+    answer.take(written[-1])
+    assert answer.likely == written[:-1]
+    short = Answer(tokenizer(), 4, draft=draft)
+    assert len(short.ahead) == short.room < len(draft), "no more than it may become"
 
 
 def test_a_draft_behind_a_tag_that_is_changed() -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -35,6 +36,7 @@ from ..events import (
 )
 from ..logs import log_to_stderr
 from ..process import adopt, connect, say
+from .hardware import spin_briefly
 from .stream import UNFIXED_CHUNKS, UNFIXED_TOKENS
 
 if TYPE_CHECKING:
@@ -60,8 +62,11 @@ def main() -> None:
     args = parser.parse_args()
     setproctitle(f"wyoming-qwen-asr: model {args.name}")
     log_to_stderr(args.log_level)
+    spin_briefly()
+    # From its first weight on, for each thread that computes has OpenMP threads of its own.
+    compute = ThreadPoolExecutor(1, thread_name_prefix="network")
     try:
-        network, choices = _load(args)
+        network, choices = compute.submit(_load, args).result()
     except (AsrError, ImportError) as error:
         error = error if isinstance(error, AsrError) else CheckpointError(f"{error}: install the [local] extra")
         say(out, Failed(error.code, str(error)))
@@ -69,7 +74,7 @@ def main() -> None:
     say(out, Ready(time.monotonic() - began, choices))
     # A gateway that dies may do so in the middle of an event; we are gone in a moment, too.
     with contextlib.suppress(ConnectionError, BadEvent):
-        asyncio.run(_serve(network, out, args))
+        asyncio.run(_serve(network, compute, out, args))
     sys.stderr.flush()
     os._exit(0)  # without waiting for a computation that nobody waits for
 
@@ -91,6 +96,7 @@ def _load(args: argparse.Namespace) -> tuple["Network", list[str]]:
         network = Network.load(open_checkpoint(args.model, args.name), device, dtype)
         if args.dtype == "int8":
             why_dtype += f"; {quantise(network.decoder)}"
+        network.pack()
     except torch.OutOfMemoryError:
         raise CheckpointError(f"{args.name} does not fit into the memory of {device}") from None
     network.encoder.set_window(args.window_seconds)
@@ -102,7 +108,7 @@ def _load(args: argparse.Namespace) -> tuple["Network", list[str]]:
     ]
 
 
-async def _serve(network: "Network", out: BinaryIO, args: argparse.Namespace) -> None:
+async def _serve(network: "Network", compute: Executor, out: BinaryIO, args: argparse.Namespace) -> None:
     """Answer until stdin ends."""
     from .scheduler import Scheduler
     from .session import Pace
@@ -114,7 +120,7 @@ async def _serve(network: "Network", out: BinaryIO, args: argparse.Namespace) ->
         await write_event(writer, to_event(message, session))
 
     pace = Pace(args.chunk_size_sec or None, args.unfixed_chunk_num, args.unfixed_token_num)
-    scheduler = Scheduler(network, emit, pace)
+    scheduler = Scheduler(network, compute, emit, pace)
     working = asyncio.create_task(scheduler.run())
     while event := await _next(reader, working):
         _dispatch(scheduler, event)

@@ -2,7 +2,7 @@
 
 A draft is an answer that is likely to come out again. Its ids are read ahead of their turn: where the decoder would
 have written them too they cost one forward together, and the first one it disagrees with is where it goes on by
-itself. So the answer is the same without a draft.
+itself, until it writes again what the draft has next. So the answer is the same without a draft.
 
 The model answers "language English<asr_text>Hello.<|im_end|>"; where nobody speaks the language is None
 (qwen-asr 0.0.6, `parse_asr_output`).
@@ -17,6 +17,13 @@ from .tokenizer import Tokenizer
 
 Guess = tuple[int, float]
 """The likeliest token, and how many nats it is ahead of the next one."""
+
+NEAR = 4
+"""An id that is not the draft's next one rejoins it among so many: a word was changed, put in or left out."""
+
+AHEAD = 15
+"""Ids of a draft that was rejoined that are read ahead at once: two words may meet by chance. With the one before them
+as many rows as int8.py takes."""
 
 TAG_TOKENS = 16  # a language tag is shorter, even where the tokenizer splits the name
 
@@ -45,9 +52,13 @@ class Answer:
         context: str | None = None,
     ) -> None:
         self._tokenizer, self._limit, self._expected = tokenizer, limit, expected
-        self._draft, self._context = list(draft), context
+        self._context = context
         self._tag = tokenizer.language_tag(expected) if expected else []
         self._text_at: int | None = None  # where the text begins in ids; None while the tag is being read
+        self._draft = list(draft[: self.room])
+        self._at = 0  # where the draft goes on, as far as it is followed,
+        self._strayed = 0  # and how many ids ago the answer has left it
+        self._rejoined = False  # after it had left it
         self.ids: list[int] = []
         self.margins: list[float] = []
         self.pending: list[int] = []
@@ -69,9 +80,16 @@ class Answer:
 
     @property
     def ahead(self) -> list[int]:
-        """What the decoder may read behind `pending`: the draft from here on, while the answer has not left it."""
-        here = len(self.ids)
-        return self._draft[here:] if self._draft[:here] == self.ids else []
+        """What the decoder may read behind `pending`: the draft from here on, unless the answer has left it."""
+        if self._strayed:
+            return []
+        most = AHEAD if self._rejoined else len(self._draft)
+        return self._draft[self._at : self._at + most]
+
+    @property
+    def likely(self) -> list[int]:
+        """The answer so far, and what the draft says of the rest."""
+        return self.ids if self.done else self.ids + self._draft[self._at + self._strayed :]
 
     @property
     def room(self) -> int:
@@ -116,6 +134,7 @@ class Answer:
         self.ids.append(token)
         self.margins.append(margin)
         self.pending = [token]
+        self._follow(token)
         if self._text_at is not None:
             self._watch(self._text_at)
         elif token == self._tokenizer.asr_text:
@@ -136,8 +155,22 @@ class Answer:
 
     def _write_tag(self) -> None:
         self.ids, self.pending = list(self._tag), list(self._tag)
+        self._at, self._strayed, self._rejoined = 0, 0, False
+        for token in self._tag:
+            self._follow(token)
         self.margins = [math.inf] * len(self._tag)
         self.language, self._text_at = self._expected, len(self._tag)
+
+    def _follow(self, token: int) -> None:
+        """Find the place in the draft behind this token."""
+        near = self._draft[self._at : self._at + NEAR + self._strayed]
+        if token in near:
+            skipped = near.index(token)
+            self._rejoined = self._rejoined or bool(skipped or self._strayed)
+            self._at += skipped + 1
+            self._strayed = 0
+        else:
+            self._strayed += 1
 
     def _watch(self, text_at: int) -> None:
         """Stop what no speaker says: the same words round and round, or too many of them."""

@@ -92,7 +92,7 @@ class Encoder(nn.Module):
         batches: dict[int, list[Tensor]] = {}
         homes: list[list[tuple[int, int]]] = []
         for mel in mels:
-            chunks = torch.split(mel.to(self.conv_out.weight.dtype), CHUNK_FRAMES, dim=1)
+            chunks = torch.split(mel.to(self.conv2d1.weight.dtype), CHUNK_FRAMES, dim=1)
             width = CHUNK_FRAMES if inner else chunks[0].shape[1]
             home = []
             for chunk in chunks:
@@ -116,7 +116,8 @@ class Encoder(nn.Module):
         x = F.gelu(self.conv2d1(chunks[:, None]))
         x = F.gelu(self.conv2d2(x))
         x = F.gelu(self.conv2d3(x))  # [B, channels, 16, rows]
-        x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
+        # contiguous: rows that are strided would be multiplied one chunk at a time, with a copy of the weight for each
+        x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2).contiguous())
         return bounded(x + self.positions[: x.shape[1]].to(x.dtype))
 
 

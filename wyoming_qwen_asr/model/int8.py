@@ -16,7 +16,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .decoder import Decoder
 
@@ -38,11 +37,13 @@ def quantise(decoder: Decoder) -> str:
     if not levels:
         return "not int8: PyTorch has no kernel for it on this machine"
     if decoder.lm_head is None:  # first the largest, which takes twice its room for a moment
-        decoder.lm_head = Int8Linear(decoder.embed_tokens.weight, levels)
+        table = decoder.embed_tokens.weight
+        decoder.lm_head = nn.Linear(table.shape[1], table.shape[0], bias=False, device="meta")
+        decoder.lm_head.weight = table
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child.weight, levels))
+                setattr(parent, name, Int8Linear(child, levels))
     return f"int8 for up to {MAX_ROWS} rows"
 
 
@@ -65,19 +66,20 @@ def weight_levels() -> int:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias, weight [out, in], in 8 bits for up to MAX_ROWS rows."""
+    """A linear layer without bias, weight [out, in], in 8 bits for up to MAX_ROWS rows; more go through `original`."""
 
-    def __init__(self, weight: Tensor, levels: int) -> None:
+    def __init__(self, original: nn.Linear, levels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        parts = [quantised(part, levels) for part in torch.split(weight.detach(), _CHUNK)]
+        self.original = original
+        parts = [quantised(part, levels) for part in torch.split(original.weight.detach(), _CHUNK)]
         values, scales = (torch.cat(column) for column in zip(*parts, strict=True))
         self._packed = _pack(values, scales[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [R, in] → [R, out], of its dtype. A row that is not finite stays so, alone."""
         if x.shape[0] > MAX_ROWS:
-            return F.linear(x, self.weight)
+            many: Tensor = self.original(x)
+            return many
         y = x.float()
         scale = row_scale(y, ACTIVATION_LEVELS)
         whole = (y / scale).round_()  # the kernel would, but it adds _ZERO first, and so rounds twice

@@ -98,13 +98,11 @@ class Job:
 
     def abandon(self) -> None:
         """The step is of no use any more. What it has encoded and read of finished windows stays, and what it has
-        written beyond its draft is the draft of the next one."""
+        written goes into the draft of the next one."""
         if self.answer:
             self._drafted += self.answer.drafted
             self._accepted += self.answer.accepted
-            written = self.answer.ids
-            if self.answer.done or written != self.draft[: len(written)]:
-                self.draft = written
+            self.draft = self.answer.likely
         self.answer = None
 
     def forget(self, length: int) -> None:

@@ -27,6 +27,7 @@ from .decoder import Decoder
 from .encoder import Encoder, audio_tokens
 from .features import RANGE, scaled
 from .job import NOTHING, Job, Recognition, Second
+from .packed import pack
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def _never(_: int) -> bool:
 
 
 FLOOR_TOLERANCE = 0.3
-"""By so much, in decades, the floor of the features may be off in a step that is not the last one. The loudest moment
-of real speech seldom grows by more once some seconds are heard."""
+"""By so much, in decades, the floor of the features may be off in a step that is not the last one, as long as it moves.
+The loudest moment of real speech seldom grows by more once some seconds are heard. In the first step in which it does
+not grow, everything is made exact: the last step may have to, and somebody waits for that."""
 
 
 class Abandoned(Exception):
@@ -94,6 +96,11 @@ class Network:
         _fill(encoder, {name.removeprefix(tower): w for name, w in weights.items() if name.startswith(tower)})
         _fill(decoder, {name.removeprefix("model."): w for name, w in weights.items() if not name.startswith(tower)})
         return cls(checkpoint.tokenizer, encoder.to(device), decoder.to(device))
+
+    def pack(self) -> None:
+        """Have the weights in the order that suits the machine; nothing else may be done to them after that."""
+        pack(self.encoder)
+        pack(self.decoder)
 
     def recognise(self, pieces: Sequence[Piece], cancelled: Callable[[int], bool] = _never) -> list[Recognition]:
         """Recognise pieces together; the results are in their order.
@@ -158,7 +165,9 @@ class Network:
             around = len(job.head) + len(job.suffix)
             raise BadRequest(f"a context of {around} tokens is too long for this model")
         loudest = log if exact or not final else log[:, :final]
-        job.floor = float(loudest.max()) - RANGE
+        floor = float(loudest.max()) - RANGE
+        exact = exact or floor == job.floor
+        job.floor = floor
         job.mel = scaled(log, job.floor)
         self._discard(job, log, final // CHUNK_FRAMES, 0.0 if exact else FLOOR_TOLERANCE)
         windows = -(-log.shape[1] // (self.encoder.window_seconds * CHUNK_FRAMES))

@@ -1,6 +1,6 @@
 """What the network works on next: one small unit at a time, live speech before files.
 
-A unit is a second of audio listened to, the features of a step, one encoder window, up to 128 rows of a prompt, or one
+A unit is a second of audio listened to, the features of a step, one encoder window, up to 160 rows of a prompt, or one
 decode step for all segments that have come so far. After each it is decided anew, so speech that arrives waits for one
 unit at most, and a session that is cancelled costs no more than one.
 
@@ -20,7 +20,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from itertools import count
 from typing import Any, TypeVar
 
@@ -114,16 +114,18 @@ class _Lane:
 
 
 class Scheduler:
-    """`start`, `audio`, `end`, `cancel` take what the gateway says; `run` answers through `emit`."""
+    """`start`, `audio`, `end`, `cancel` take what the gateway says; `run` answers through `emit`. `compute` has one
+    thread, for the network alone."""
 
     def __init__(
         self,
         network: Network,
+        compute: Executor,
         emit: Emit,
         pace: Pace | None = None,
         detector: Callable[[], Detector] = new_detector,
     ) -> None:
-        self._network, self._emit, self._detector = network, emit, detector
+        self._network, self._compute, self._emit, self._detector = network, compute, emit, detector
         self._pace = pace or Pace()
         self._streams: dict[int, Stream] = {}
         self._lanes = {True: _Lane(network), False: _Lane(network)}  # live first
@@ -134,7 +136,6 @@ class Scheduler:
         self._unit: list[Part] = []  # what the other thread computes
         self._halt = threading.Event()  # it is not worth its end
         network.check = self._check
-        self._compute: Executor = ThreadPoolExecutor(1, thread_name_prefix="network")
 
     def start(self, number: int, message: SessionStart) -> None:
         stream = Stream(number, message, self._network.tokenizer.decode, self._pace, self._detector)
@@ -212,7 +213,8 @@ class Scheduler:
         now = asyncio.get_running_loop().time()
         while True:
             streams = [stream for stream in self._streams.values() if stream.start.live == live]
-            due = [(stream, *found) for stream in streams if (found := stream.next(now))]
+            others = len(streams) < len(self._streams)
+            due = [(stream, *found) for stream in streams if (found := stream.next(now, rest=others))]
             if not due:
                 return
             under_way = Counter(part.number for part in lane.parts)

@@ -21,10 +21,9 @@ STEP_SECONDS = 0.5
 """New audio that a step is worth."""
 
 STEP_REST = 1.25
-"""From the beginning of a step to that of the next one, as a multiple of what it took: on a slow machine steps get
-longer and fewer, and there is never a backlog. More rest would cost more than it saves: a step writes all that was
-said since the one before, so where writing takes half as long as speaking, steps that rest half of the time fall
-behind for good. Nobody waits for a rest: whatever is more urgent goes before a step, or ends it."""
+"""From the beginning of a step to that of the next one while a file waits, as a multiple of what it took: the file gets
+on, too. Where nothing waits there is no rest, for a step writes all that was said since the one before: the sooner it
+begins, the less is left for the end. Either way a slow machine has longer and fewer steps, and never a backlog."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Pace:
     """When there is a step, and what of it is shown; the names are those of the official package's streaming."""
 
     chunk_size_sec: float | None = None
-    """New audio that a step needs. None: STEP_SECONDS, with rests between them as STEP_REST says."""
+    """New audio that a step needs. None: STEP_SECONDS, and while files wait, rests as STEP_REST says."""
     unfixed_chunk_num: int = UNFIXED_CHUNKS
     unfixed_token_num: int = UNFIXED_TOKENS
 
@@ -87,7 +86,7 @@ class Part:
     tail: str = ""
     """The unfixed text that was last shown."""
     rested: float = 0.0
-    """The time from which on another step may begin."""
+    """The time from which on another step may begin while a file waits."""
 
     @property
     def closed(self) -> bool:
@@ -143,15 +142,15 @@ class Part:
             return False
         return not (self.step.exact and self.step.end == len(self.audio))
 
-    def due(self, now: float, pace: Pace) -> Step | None:
-        """The step that is worth beginning."""
+    def due(self, now: float, pace: Pace, rest: bool) -> Step | None:
+        """The step that is worth beginning; `rest`: at its time, for others wait."""
         end = len(self.audio)
         if self.step or self.known:
             return None
         if self.closed or self.settled:
             return Step(end, True, now)
         new = end - (self.last.end if self.last else 0)
-        return Step(end, False, now) if new >= pace.chunk and now >= self.rested else None
+        return Step(end, False, now) if new >= pace.chunk and (now >= self.rested or not rest) else None
 
     def begin(self, step: Step) -> None:
         self.step, self.begun = step, False
@@ -273,13 +272,13 @@ class Stream:
         """A language heard earlier in the session is a preference at most, whatever the client's would be."""
         return self.start.hint if self.start.language or self.start.hint == "ignore" else "prefer"
 
-    def next(self, now: float) -> tuple[Part, Step] | None:
-        """The first part with a step that is due, and may begin: it has to be known what it is to expect. That must not
-        depend on how fast the part before is: a replay has to come to the same text."""
+    def next(self, now: float, rest: bool) -> tuple[Part, Step] | None:
+        """The first part with a step that is due (see Part.due), and may begin: it has to be known what it is to
+        expect. That must not depend on how fast the part before is: a replay has to come to the same text."""
         known = bool(self.start.language or self.language or self.start.hint == "ignore")
         for part in self.parts:
             spoken = self.start.live and part is self.parts[0]
-            if (part.closed or spoken) and (step := part.due(now, self._pace)):
+            if (part.closed or spoken) and (step := part.due(now, self._pace, rest)):
                 return part, replace(step, language=self.expected(part))
             known = known or bool(part.tag)
             if not known and not part.tagged:
