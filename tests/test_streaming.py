@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wyoming_qwen_asr.audio import SAMPLE_RATE
 from wyoming_qwen_asr.model import network as network_module
 from wyoming_qwen_asr.model.batch import Batch
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
@@ -185,6 +186,24 @@ def test_only_what_is_new_is_computed(network: Network, monkeypatch: pytest.Monk
         new &= sum(read) <= 104 + 104 + 60 + len(job.result.ids)  # the window, the suffix, the draft, and what is new
         dear += not new
     assert dear <= 3, "the first loud moments make more stale"
+
+
+def test_a_louder_moment_is_caught_up_with_before_the_end(network: Network) -> None:
+    """The floor of the features rises by 0.16 decades: the next step that finds it unchanged computes anew what lies
+    below it, so the last one need not."""
+    whole = torch.tensor(floats(talk(14, 1)))[: 14 * SAMPLE_RATE]
+    whole *= 0.5 / whole.abs().max()
+    whole[:SAMPLE_RATE] = 0.0  # below any floor
+    tone = torch.sin(torch.arange(1600) * 0.3)  # the loudest moments of all
+    whole[2 * SAMPLE_RATE : 2 * SAMPLE_RATE + 1600] = 0.8 * tone
+    whole[9 * SAMPLE_RATE : 9 * SAMPLE_RATE + 1600] = 0.96 * tone
+    batch, job = Batch(network), network.open("")
+    anew = []
+    for second in range(1, 15):
+        end = second * SAMPLE_RATE
+        step(network, batch, job, whole[end - SAMPLE_RATE : end], end, exact=second == 14)
+        anew.append(job.windows)
+    assert anew == [0] * 10 + [1] * 4
 
 
 @pytest.mark.parametrize("language", [None, "English", "German"])
