@@ -9,11 +9,12 @@ import math
 import random
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,8 @@ from wyoming_qwen_asr.audio import SAMPLE_RATE
 from wyoming_qwen_asr.model import network as network_module
 from wyoming_qwen_asr.model.answer import Answer, Guess
 from wyoming_qwen_asr.model.architecture import DecoderConfig, EncoderConfig
+
+T = TypeVar("T")
 
 ENCODER_06B = EncoderConfig(
     encoder_layers=18,
@@ -45,9 +48,17 @@ DECODER_06B = DecoderConfig(
 )
 """And the defaults, which are those of every size."""
 
+COMPUTE = ThreadPoolExecutor(1)
+"""The one thread that computes, on all sides, as in the model process: see hardware.spin_briefly."""
+
 TOKENS_PER_SECOND = 4
 REJECTED = 5
 """Tokens at the end of a draft that are always wrong: what the official streaming rolls back."""
+
+
+def computed(call: Callable[..., T], *args: Any) -> T:
+    """What the call returns, in that thread."""
+    return COMPUTE.submit(call, *args).result()
 
 
 @contextmanager

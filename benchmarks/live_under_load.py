@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +21,7 @@ from wyoming_qwen_asr.model.network import Network
 from wyoming_qwen_asr.model.scheduler import Scheduler
 
 from ._measure import percentile, table
-from ._network import checkpoint, scripted
+from ._network import COMPUTE, checkpoint, computed, scripted
 
 AIM = 1.5
 UTTERANCE_SECONDS = 4.0
@@ -126,13 +125,12 @@ def main() -> None:
     device, _ = pick_device("auto")
     dtype, _ = pick_dtype("auto", device)
     threads, _ = pick_threads(0)
-    compute = ThreadPoolExecutor(1)  # as in the model process
-    compute.submit(torch.set_num_threads, threads).result()
+    computed(torch.set_num_threads, threads)
     with checkpoint(args.tiny) as folder:
-        network = compute.submit(Network.load, open_checkpoint(folder), device, dtype).result()
-        compute.submit(network.pack).result()
+        network = computed(Network.load, open_checkpoint(folder), device, dtype)
+        computed(network.pack)
     bench = Bench()
-    bench.scheduler = Scheduler(network, compute, bench.emit, detector=lambda: lambda _: 1.0)
+    bench.scheduler = Scheduler(network, COMPUTE, bench.emit, detector=lambda: lambda _: 1.0)
     with scripted(0.75):
         alone, loaded, speed = asyncio.run(measure(bench, args.utterances))
     rows = [

@@ -19,9 +19,8 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +38,9 @@ from wyoming_qwen_asr.model.scheduler import Scheduler
 from wyoming_qwen_asr.model.session import Pace, Part
 
 from ._measure import median, table
-from ._network import REJECTED, checkpoint, samples, scripted, tokens
+from ._network import COMPUTE, REJECTED, checkpoint, computed, samples, scripted, tokens
 
 CPU = torch.device("cpu")
-COMPUTE = ThreadPoolExecutor(1)
-"""Both sides compute in one thread, as the model process does, and nothing else does: see hardware.spin_briefly."""
-T = TypeVar("T")
-
 CHUNK_SIZE_SEC = 2.0
 """The official default."""
 ACCEPTANCES = (1.0, 0.75, 0.5)
@@ -53,10 +48,6 @@ FORCED = {"language": "English", "hint": "force", "context": ""}
 FLAT_AIM, TOTAL_AIM = 1.1, 0.15
 END_AIMS = {8: (0.35, 0.25), 24: (0.12, 0.08)}
 """Seconds of a clip: what is promised in bfloat16, and hoped for in 8 bits."""
-
-
-def computed(call: Callable[..., T], *args: Any) -> T:
-    return COMPUTE.submit(call, *args).result()
 
 
 def speaking() -> Callable[[Samples], float]:

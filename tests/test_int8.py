@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wyoming_qwen_asr.model import int8
+from wyoming_qwen_asr.model.answer import AHEAD
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.decoder import Cache, Decoder
 from wyoming_qwen_asr.model.features import log_mel
@@ -160,6 +161,11 @@ def test_nothing_and_no_numbers() -> None:
     assert not got[4].isfinite().any()
     assert torch.equal(got[[0, 3, 5]], expected[[0, 3, 5]])
     assert layer(x[:0]).shape == (0, 16)
+
+
+def test_what_is_read_ahead_of_a_draft_fits() -> None:
+    """Of one that was rejoined, behind the id before it."""
+    assert AHEAD + 1 <= MAX_ROWS
 
 
 # --- a decoder ---

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wyoming_qwen_asr.model.answer import Answer
+from wyoming_qwen_asr.model.answer import AHEAD, Answer
 from wyoming_qwen_asr.model.checkpoint import open_checkpoint
 from wyoming_qwen_asr.model.stream import SURE_NATS, RollbackStream
 from wyoming_qwen_asr.model.tokenizer import Tokenizer
@@ -262,8 +262,8 @@ def test_what_is_left_of_a_draft() -> None:
         answer.take(token)
         assert answer.likely == [*written[:count], *draft[count:]]
         left = len(draft) - count
-        assert len(answer.ahead) == (left if count < 5 else 0 if count == 5 else min(15, left))
-    assert len(draft) - 6 > 15
+        assert len(answer.ahead) == (left if count < 5 else 0 if count == 5 else min(AHEAD, left))
+    assert len(draft) - 6 > AHEAD
     answer.take(written[-1])
     assert answer.likely == written[:-1]
     short = Answer(tokenizer(), 4, draft=draft)
